@@ -1,0 +1,101 @@
+"""What the loop and the strategies know of a method.
+
+A method is one module that holds the student, its heads and, where there is one, the teacher. A global-batch loss over
+micro-batches takes two passes, one shape for every method: *observe* each micro-batch without gradient, *combine* the
+observations of all micro-batches and ranks into one target per micro-batch, *learn* from each micro-batch with its
+target. All three go through `forward`, the only compute entry, because that is what DDP and FSDP2 hook.
+
+A method never calls backward, never moves devices, and never asks which strategy runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from scaler.collectives import World
+from shards.decode import View
+
+Stage = Literal["observe", "combine", "learn"]
+Batch = dict[str, Any]
+Hyper = dict[str, float]
+Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
+
+
+class Method(nn.Module):
+    """Base class of simclr, dinov2, …
+
+    Attributes a subclass sets:
+        Settings: pydantic model (extra="forbid") of the recipe's `method:` section, `name` included.
+        views: what the loader's workers cut from every image (geometry only, uint8).
+        world: collectives for global-batch quantities.
+    """
+
+    Settings: ClassVar[type[BaseModel]]
+    views: tuple[View, ...]
+    world: World
+
+    def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
+        """The device half of the augmentation: loader batch (uint8 views) → what `forward` takes (floats, masks).
+
+        `batch` is on the training device: `views` {name: uint8 [count, m, 3, size, size]}, `ids`, `epochs`,
+        `positions` int64 [m] (position inside the global batch; on the CPU), `labels` int64 [m], and
+        `global_batch_size` int. Every random parameter is keyed by (seed, epoch, id, view) or (seed, step, …).
+        """
+        raise NotImplementedError
+
+    def observes(self, num_micro_batches: int) -> bool:
+        """Whether the observe and combine passes are needed for this many local micro-batches."""
+        raise NotImplementedError
+
+    def forward(self, stage: Stage, *args: Any) -> Any:
+        """`observe(batch, hyper)`, `combine(observations, hyper)` or `learn(batch, target, hyper)`."""
+        return getattr(self, stage)(*args)
+
+    def observe(self, batch: Batch, hyper: Hyper) -> Any:
+        """What this micro-batch contributes to the global targets; called without gradient."""
+        raise NotImplementedError
+
+    def combine(self, observations: list[Any], hyper: Hyper) -> list[Any]:
+        """One target per local micro-batch from the observations of all micro-batches and ranks."""
+        raise NotImplementedError
+
+    def learn(self, batch: Batch, target: Any, hyper: Hyper) -> dict[str, Tensor]:
+        """Loss of this micro-batch: `loss` (to be averaged over micro-batches and ranks), `loss/NAME`, and metrics."""
+        raise NotImplementedError
+
+    def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
+        """The method's own scheduled values (momentum, temperatures, …) at `step`, counted from 0.
+
+        `steps` turns a duration ("N steps", "N epochs", "N images", or "total") into steps.
+        """
+        return {}
+
+    def parameter_groups(self, optim: Any) -> list[dict[str, Any]]:
+        """Optimiser groups: `params`, `names`, `lr_scale`, `weight_decay_scale`, `clip` (module name for clipping),
+        and optionally `lr_key` (which entry of the hyper values is its learning rate; default "lr").
+
+        Called after the strategy has wrapped the module, since FSDP2 replaces the parameters.
+        """
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """Units to shard, checkpoint and compile."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
+        """Called after every optimiser step; `lerp_(targets, sources, weight)` works on local shards."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Evaluation features, float [n, dim], of normalised images, float [n, 3, h, w] (teacher or backbone)."""
+        raise NotImplementedError
+
+    normalization: ClassVar[tuple[tuple[float, float, float], tuple[float, float, float]]] = (
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )

@@ -1,0 +1,263 @@
+"""The recipe: one YAML file that says everything that affects results, checked before anything starts.
+
+    recipe = load_recipe("dinov2/demo", overrides=["data.shards=shards/train", "schedule.total=20 steps"])
+
+Unknown keys fail with the nearest valid name; overrides are dotted and parsed as YAML. `recipe_schema()` is the JSON
+schema for editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from scaler.methods import METHODS
+from scaler.schedules import Duration
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: unknown keys are errors and values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _duration(value: Any) -> str:
+    return str(Duration.parse(value))
+
+
+def _interval(value: Any) -> str:
+    text = str(value).strip()
+    number, _, unit = text.partition(" ")
+    if unit in ("minutes", "minute") and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        return f"{number} minutes"
+    return _duration(value)
+
+
+DurationText = Annotated[str, BeforeValidator(_duration)]
+IntervalText = Annotated[str, BeforeValidator(_interval)]
+
+
+class Data(Section):
+    """Where the images come from and how the global batch is drawn (`shards.order`)."""
+
+    shards: str = Field(description="folder or URL that holds index.json")
+    val_shards: str | None = Field(None, description="labelled shards for evaluation")
+    reader: Literal["indexed"] = "indexed"
+    global_batch_size: int = Field(gt=0, description="images per optimiser step over all ranks and micro-batches")
+    num_workers: int = Field(8, ge=0, description="loader processes per rank; never changes results")
+    image_size: int = Field(gt=0, description="pixels of a (global) crop")
+    shuffle_window: int = Field(2048, gt=0, description="samples of a lane that are shuffled together")
+    lanes: int | Literal["auto"] = "auto"
+    max_bad_fraction: float = Field(0.001, ge=0, le=1, description="distinct undecodable samples that stop the run")
+    max_pixels: int = Field(200_000_000, gt=0, description="images with more pixels are rejected unread")
+
+
+class Optim(Section):
+    """Optimiser; `lr` is the base that `lr_rule` scales by the global batch."""
+
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    lr: float = Field(gt=0)
+    lr_rule: Literal["none", "linear_256", "sqrt_1024", "sqrt"] = "none"
+    weight_decay: float = Field(0.0, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0, description="cosine from weight_decay to this; null: constant")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    eta: float = Field(0.001, gt=0, description="LARS trust coefficient")
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    patch_embed_lr_scale: float = Field(1.0, ge=0)
+    clip_norm: float | None = Field(None, gt=0, description="per module; null: no clipping")
+
+    def scaled_lr(self, global_batch_size: int) -> float:
+        """Peak learning rate at this global batch size."""
+        factor = {
+            "none": 1.0,
+            "linear_256": global_batch_size / 256,
+            "sqrt_1024": math.sqrt(global_batch_size / 1024),
+            "sqrt": math.sqrt(global_batch_size),
+        }[self.lr_rule]
+        return self.lr * factor
+
+
+class Schedule(Section):
+    """Length of the run and the shape of the learning rate: linear warm-up, then cosine to `final_lr`."""
+
+    total: DurationText
+    warmup: DurationText = "0 steps"
+    final_lr: float = Field(0.0, ge=0)
+
+
+class StrategySettings(Section):
+    """How the model is laid over processes; changes speed and memory, not results."""
+
+    name: Literal["auto", "ddp", "fsdp2"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the launcher's, else fp32")
+    micro_batch_size: int | None = Field(None, gt=0, description="images per forward and rank; null: no accumulation")
+    activation_checkpointing: Literal["none", "blocks"] | Annotated[int, Field(ge=0)] = "none"
+    compile: bool = Field(False, description="torch.compile each block")
+    reshard_after_forward: bool = Field(True, description="FSDP2: free a block's weights after its forward")
+    cpu_offload: bool = Field(False, description="FSDP2: keep shards in host memory")
+
+
+class CheckpointSettings(Section):
+    """When to save and what to keep."""
+
+    every: IntervalText = "1000 steps"
+    keep_last: int = Field(2, gt=0)
+    keep_every: DurationText | None = None
+    resume: str = Field("auto", description="auto | never | path of a checkpoint or run")
+
+
+class Track(Section):
+    """Logging."""
+
+    log_every: DurationText = "10 steps"
+    tensorboard: bool = True
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb_project: str = "scaler"
+
+    @field_validator("log_every")
+    @classmethod
+    def _steps(cls, value: str) -> str:
+        if not value.endswith("steps"):
+            raise ValueError(f"{value!r}: logging is counted in steps; write for example '10 steps'")
+        return value
+
+
+class Run(Section):
+    """The run directory and what makes the run reproducible."""
+
+    dir: str = "runs/NAME"
+    seed: int = Field(0, ge=0)
+    deterministic: bool = False
+    stop_after: DurationText | None = Field(None, description="checkpoint and leave at this point of the whole run")
+    max_nonfinite: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
+
+
+class Recipe(Section):
+    """A whole recipe; `method` is validated by the method's own `Settings`."""
+
+    method: Any
+    data: Data
+    optim: Optim
+    schedule: Schedule
+    strategy: StrategySettings = StrategySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    track: Track = Track()
+    run: Run = Run()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "name" not in value:
+            raise ValueError(f"method needs a name, one of {', '.join(METHODS)}")
+        if value["name"] not in METHODS:
+            raise ValueError(f"unknown method {value['name']!r}; {_nearest(str(value['name']), list(METHODS))}")
+        return METHODS[value["name"]].Settings(**value)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or by short name (`dinov2/demo`) and apply dotted overrides (`optim.lr=1e-3`).
+
+    Raises:
+        ValueError: file not found, unknown key (with the nearest valid one), wrong type or value.
+    """
+    path = find_recipe(name)
+    try:
+        values = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping; a recipe has the sections {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        _apply(values, override)
+    return parse_recipe(values, source=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
+    """Validate a mapping as a recipe; `source` names it in errors.
+
+    Raises:
+        ValueError: one line a problem, each with the dotted key, the rule and, for unknown keys, the nearest name.
+    """
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(item, values) for item in error.errors())) from None
+    if recipe.run.dir == "runs/NAME":
+        name = "-".join(Path(source).with_suffix("").parts[-2:])
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
+    return recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe for editors."""
+    schema = Recipe.model_json_schema()
+    methods = [method.Settings.model_json_schema(ref_template="#/$defs/{model}") for method in METHODS.values()]
+    for method in methods:
+        schema["$defs"].update(method.pop("$defs", {}))
+    schema["properties"]["method"] = {"oneOf": methods}
+    return schema
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a short name, in a checkout as well as installed from a wheel."""
+    if Path(name).is_file():
+        return Path(name)
+    folders = [Path(__file__).parent.parent / "configs", Path(str(resources.files("scaler"))) / "configs"]
+    stem = name.removesuffix(".yaml").removeprefix("configs/")
+    for folder in folders:
+        candidate = folder / f"{stem}.yaml"
+        if candidate.is_file():
+            return candidate
+    known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders for p in f.glob("*/*.yaml")} - _not_recipes)
+    raise ValueError(f"no recipe {name!r}: not a file, and {_nearest(stem, known)}")
+
+
+_not_recipes = {f"{folder}/{name}" for folder in ("accelerate", "deepspeed") for name in ()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads `1e-3` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value` inside the nested mapping `values`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not key=value, for example optim.lr=1e-3")
+    *parents, last = key.strip().lstrip("-").split(".")
+    node = values
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+    try:
+        node[last] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
