@@ -1,0 +1,71 @@
+"""Schedules as pure functions of the step, and the one duration type that recipes use.
+
+Steps count from 0 here: `step` is the number of updates already made.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_UNITS = ("steps", "epochs", "images")
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\+?\d+)?|\d[\d_]*)\s+(step|epoch|image)s?\s*")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of training: "100 steps", "2.5 epochs" or "1e6 images"."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, value: Any) -> Duration:
+        """Read a duration.
+
+        Raises:
+            ValueError: anything but a number and one of the three units.
+        """
+        match = _PATTERN.fullmatch(str(value))
+        if not match:
+            raise ValueError(f"{value!r} is no duration; write a number and a unit, for example '1000 steps', "
+                             "'10 epochs' or '1e6 images'")  # fmt: skip
+        return cls(float(match[1]), match[2] + "s")
+
+    def __str__(self) -> str:
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
+        return f"{amount} {self.unit}"
+
+    def steps(self, *, global_batch_size: int, num_samples: int) -> int:
+        """The whole number of steps that holds this duration (images and epochs are rounded up)."""
+        if self.unit == "steps":
+            return math.ceil(self.amount)
+        images = self.amount * (num_samples if self.unit == "epochs" else 1)
+        return math.ceil(round(images / global_batch_size, 9))
+
+
+def linear(step: int, *, length: int, start: float, end: float) -> float:
+    """`length` equally spaced values from start to end, both included, then `end` (numpy's linspace)."""
+    if step >= length - 1:
+        return end
+    return start + (end - start) * step / (length - 1)
+
+
+def cosine(step: int, *, total: int, start: float, end: float) -> float:
+    """Half a cosine from start (step 0) towards end (reached at step `total`)."""
+    if step >= total:
+        return end
+    return end + (start - end) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, end: float, start: float = 0.0) -> float:
+    """Linear from start to peak over `warmup` steps, then a cosine towards end over the rest.
+
+    As the schedules of DINOv2: the warm-up's values are numpy's `linspace(start, peak, warmup)`, and the cosine starts
+    at the peak at step `warmup`.
+    """
+    if step < warmup:
+        return linear(step, length=warmup, start=start, end=peak) if warmup > 1 else start
+    return cosine(step - warmup, total=total - warmup, start=peak, end=end)
