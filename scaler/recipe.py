@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from scaler.methods import METHODS
+from scaler.methods import METHODS, method_class
 from scaler.schedules import Duration
 
 
@@ -112,7 +113,8 @@ class CheckpointSettings(Section):
     every: IntervalText = "1000 steps"
     keep_last: int = Field(2, gt=0)
     keep_every: DurationText | None = None
-    resume: str = Field("auto", description="auto | never | path of a checkpoint or run")
+    resume: str = Field("auto", description="auto | never | path of a checkpoint or run (used while RUN has none)")
+    allow_changes: tuple[str, ...] = Field((), description="dotted recipe keys (or 'data') that may differ on resume")
 
 
 class Track(Section):
@@ -120,7 +122,7 @@ class Track(Section):
 
     log_every: DurationText = "10 steps"
     tensorboard: bool = True
-    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "scaler"
 
     @field_validator("log_every")
@@ -153,15 +155,6 @@ class Recipe(Section):
     track: Track = Track()
     run: Run = Run()
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _method(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "name" not in value:
-            raise ValueError(f"method needs a name, one of {', '.join(METHODS)}")
-        if value["name"] not in METHODS:
-            raise ValueError(f"unknown method {value['name']!r}; {_nearest(str(value['name']), list(METHODS))}")
-        return METHODS[value["name"]].Settings(**value)
-
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
@@ -191,10 +184,11 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
     Raises:
         ValueError: one line a problem, each with the dotted key, the rule and, for unknown keys, the nearest name.
     """
+    method = _parse_method(values.get("method"), source=source)
     try:
-        recipe = Recipe(**values)
+        recipe = Recipe(**{**values, "method": method})
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(item, values) for item in error.errors())) from None
+        raise ValueError("\n".join(_explain(item, source=source, model=Recipe) for item in error.errors())) from None
     if recipe.run.dir == "runs/NAME":
         name = "-".join(Path(source).with_suffix("").parts[-2:])
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
@@ -204,7 +198,7 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe for editors."""
     schema = Recipe.model_json_schema()
-    methods = [method.Settings.model_json_schema(ref_template="#/$defs/{model}") for method in METHODS.values()]
+    methods = [method_class(name).Settings.model_json_schema(ref_template="#/$defs/{model}") for name in METHODS]
     for method in methods:
         schema["$defs"].update(method.pop("$defs", {}))
     schema["properties"]["method"] = {"oneOf": methods}
@@ -212,29 +206,36 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path or as a short name, in a checkout as well as installed from a wheel."""
+    """The file of a recipe given as a path or as a short name, in a checkout as well as installed from a wheel.
+
+    Raises:
+        ValueError: no such file and no such recipe; names the nearest one.
+    """
     if Path(name).is_file():
         return Path(name)
-    folders = [Path(__file__).parent.parent / "configs", Path(str(resources.files("scaler"))) / "configs"]
+    package = Path(str(resources.files("scaler")))
+    folders = [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
     stem = name.removesuffix(".yaml").removeprefix("configs/")
     for folder in folders:
-        candidate = folder / f"{stem}.yaml"
-        if candidate.is_file():
-            return candidate
-    known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders for p in f.glob("*/*.yaml")} - _not_recipes)
-    raise ValueError(f"no recipe {name!r}: not a file, and {_nearest(stem, known)}")
+        if (folder / f"{stem}.yaml").is_file():
+            return folder / f"{stem}.yaml"
+    known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders for m in METHODS for p in f.glob(f"{m}/*")})
+    raise ValueError(f"no recipe {name!r}: it is not a file, and {nearest(stem, known)}")
 
 
-_not_recipes = {f"{folder}/{name}" for folder in ("accelerate", "deepspeed") for name in ()}
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """Advice for an unknown name: the closest valid one, or all of them."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML reads `1e-3` as a string."""
+    """YAML 1.2 floats: PyYAML alone reads `1e-3` as a string."""
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$"),
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 
@@ -258,6 +259,28 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(valid)}"
+def _parse_method(values: Any, *, source: str) -> BaseModel:
+    """The `method` section by the method's own Settings."""
+    name = values.get("name") if isinstance(values, dict) else None
+    if name not in METHODS:
+        raise ValueError(f"{source}: method.name: no method {name!r}; {nearest(str(name), list(METHODS))}")
+    settings = method_class(name).Settings
+    try:
+        return settings(**values)
+    except ValidationError as error:
+        lines = [_explain(item, source=source, model=settings, prefix="method.") for item in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def _explain(item: Any, *, source: str, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for one pydantic error: dotted key, what was given, the rule, and the nearest name for unknown keys."""
+    path = [str(part) for part in item["loc"]]
+    key = prefix + ".".join(path)
+    if item["type"] == "extra_forbidden":
+        for part in path[:-1]:
+            model = model.model_fields[part].annotation  # type: ignore[assignment]
+        return f"{source}: unknown key {key!r}; {nearest(path[-1], list(model.model_fields))}"
+    if item["type"] == "missing":
+        return f"{source}: {key} is missing and has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {message} (got {item['input']!r})"

@@ -39,6 +39,17 @@ class Method(nn.Module):
     views: tuple[View, ...]
     world: World
 
+    def __init__(self, settings: Any, *, image_size: int, world: World) -> None:
+        super().__init__()
+        self.settings, self.image_size, self.world = settings, image_size, world
+
+    def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
+        """Refuse a layout that cannot give the global batch's loss.
+
+        Raises:
+            ValueError: states the rule and the way out.
+        """
+
     def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
         """The device half of the augmentation: loader batch (uint8 views) → what `forward` takes (floats, masks).
 
@@ -64,8 +75,12 @@ class Method(nn.Module):
         """One target per local micro-batch from the observations of all micro-batches and ranks."""
         raise NotImplementedError
 
-    def learn(self, batch: Batch, target: Any, hyper: Hyper) -> dict[str, Tensor]:
-        """Loss of this micro-batch: `loss` (to be averaged over micro-batches and ranks), `loss/NAME`, and metrics."""
+    def learn(self, batch: Batch, target: Any, hyper: Hyper) -> dict[str, Any]:
+        """Loss of this micro-batch.
+
+        Returns `loss`, the scalar to differentiate, whose mean over micro-batches and ranks has the gradient of the
+        global loss, and `metrics`, detached scalars (`loss`, `loss/NAME`, …) whose mean is what is logged.
+        """
         raise NotImplementedError
 
     def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
