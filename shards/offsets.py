@@ -1,0 +1,210 @@
+"""The offset file of one shard: where each sample's image lies, its key, label and source, without reading the tar.
+
+Layout: one line of JSON (padded with spaces to a multiple of 8 bytes), then little-endian arrays over the n samples
+
+    offsets int64 · sizes int64 · labels int64 · key_ends int64 · source_ends int64 · extensions uint8
+
+and two utf-8 blobs, keys and sources, cut by the cumulative ends. A source that equals `KEY.extension` is stored as
+nothing. No pickle; the file is memory-mapped, and every number in it is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 1
+ENDING = ".offsets"
+_COLUMNS = (("offsets", "<i8"), ("sizes", "<i8"), ("labels", "<i8"), ("key_ends", "<i8"), ("source_ends", "<i8"))
+_ROW_BYTES = 8 * len(_COLUMNS) + 1
+_MAX_HEADER = 1 << 30
+
+Skipped = tuple[str, str]  # what was left out (a path or key), and why
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard: its bytes are `shard[offset : offset + size]`."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+    label: int  # -1: none
+    source: str
+
+
+@dataclass(frozen=True)
+class OffsetTable:
+    """The offset file of one shard, memory-mapped; `labels` is int64 [n], -1 where there is none."""
+
+    shard_name: str
+    num_bytes: int  # of the shard
+    sha256: str  # of the shard
+    skipped: list[Skipped]
+    labels: NDArray[np.int64]
+    _offsets: NDArray[np.int64]
+    _sizes: NDArray[np.int64]
+    _key_ends: NDArray[np.int64]
+    _source_ends: NDArray[np.int64]
+    _extensions: NDArray[np.uint8]
+    _extension_names: list[str]
+    _blobs: memoryview  # keys, then sources
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, local: int) -> str:
+        """The key of sample number `local` of this shard."""
+        return self._text(self._key_ends, local, base=0).decode()
+
+    def sample(self, local: int) -> Sample:
+        """Everything known about sample number `local` of this shard."""
+        key, extension = self.key(local), self._extension_names[self._extensions[local]]
+        base = int(self._key_ends[-1])
+        source = self._text(self._source_ends, local, base=base).decode("utf-8", "surrogateescape")
+        return Sample(
+            key=key,
+            extension=extension,
+            offset=int(self._offsets[local]),
+            size=int(self._sizes[local]),
+            label=int(self.labels[local]),
+            source=source or f"{key}.{extension}",
+        )
+
+    def _text(self, ends: NDArray[np.int64], local: int, *, base: int) -> bytes:
+        start = int(ends[local - 1]) if local > 0 else 0
+        return bytes(self._blobs[base + start : base + int(ends[local])])
+
+
+def offset_path(shard: Path) -> Path:
+    """`NAME-000000.tar` → `NAME-000000.offsets`, beside it."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ENDING)
+
+
+def pack_offsets(
+    samples: Sequence[Sample], *, shard_name: str, num_bytes: int, sha256: str, skipped: Sequence[Skipped]
+) -> bytes:
+    """The bytes of an offset file; `num_bytes` and `sha256` are the shard's."""
+    extension_names = sorted({sample.extension for sample in samples})
+    if len(extension_names) > 256:
+        raise ValueError(f"{shard_name} holds {len(extension_names)} different image endings; at most 256 are possible")
+    keys = [sample.key.encode() for sample in samples]
+    sources = [
+        b"" if sample.source == f"{sample.key}.{sample.extension}" else sample.source.encode("utf-8", "surrogateescape")
+        for sample in samples
+    ]
+    header = {
+        "format": FORMAT,
+        "shard": shard_name,
+        "bytes": num_bytes,
+        "sha256": sha256,
+        "samples": len(samples),
+        "extensions": extension_names,
+        "key_bytes": sum(map(len, keys)),
+        "source_bytes": sum(map(len, sources)),
+        "skipped": [list(pair) for pair in skipped],
+    }
+    line = json.dumps(header).encode()
+    line += b" " * (-(len(line) + 1) % 8) + b"\n"
+    columns = [
+        [sample.offset for sample in samples],
+        [sample.size for sample in samples],
+        [sample.label for sample in samples],
+        np.cumsum([len(key) for key in keys]),
+        np.cumsum([len(source) for source in sources]),
+    ]
+    codes = {name: code for code, name in enumerate(extension_names)}
+    extensions = bytes(codes[sample.extension] for sample in samples)
+    arrays = [np.asarray(column, dtype="<i8").tobytes() for column in columns]
+    return b"".join([line, *arrays, extensions, *keys, *sources])
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The JSON line of an offset file alone (shard, bytes, sha256, samples, skipped)."""
+    try:
+        with open(path, "rb") as file:
+            return _parse_header(file.readline(_MAX_HEADER), path)
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+
+
+def load_offsets(path: Path) -> OffsetTable:
+    """Memory-map an offset file; `ValueError` naming it when anything in it does not fit together."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(_MAX_HEADER)
+            header = _parse_header(line, path)
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    size = header["samples"]
+    blob_bytes = header["key_bytes"] + header["source_bytes"]
+    if len(data) != len(line) + size * _ROW_BYTES + blob_bytes:
+        raise _damaged(path, f"{len(data)} bytes where {len(line) + size * _ROW_BYTES + blob_bytes} were expected")
+    columns, position = {}, len(line)
+    for name, dtype in _COLUMNS:
+        columns[name] = np.frombuffer(data, dtype=dtype, count=size, offset=position)
+        position += 8 * size
+    extensions = np.frombuffer(data, dtype=np.uint8, count=size, offset=position)
+    offsets, sizes = columns["offsets"], columns["sizes"]
+    if size:
+        if sizes.min() < 0 or offsets.min() < 0 or (offsets > header["bytes"] - sizes).any():
+            raise _damaged(path, "a sample lies outside of its shard")
+        if columns["labels"].min() < -1:
+            raise _damaged(path, "a label is below -1")
+        for ends, total in ((columns["key_ends"], "key_bytes"), (columns["source_ends"], "source_bytes")):
+            if ends[0] < 0 or (ends[1:] < ends[:-1]).any() or ends[-1] != header[total]:
+                raise _damaged(path, "the keys do not fit together")
+        if extensions.max() >= len(header["extensions"]):
+            raise _damaged(path, "an unknown image ending")
+    return OffsetTable(
+        shard_name=header["shard"],
+        num_bytes=header["bytes"],
+        sha256=header["sha256"],
+        skipped=header["skipped"],
+        labels=columns["labels"],
+        _offsets=offsets,
+        _sizes=sizes,
+        _key_ends=columns["key_ends"],
+        _source_ends=columns["source_ends"],
+        _extensions=extensions,
+        _extension_names=header["extensions"],
+        _blobs=data[position + size :],
+    )
+
+
+def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+    except ValueError as error:
+        raise _damaged(path, "its first line is not JSON") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise _damaged(path, f"format {header.get('format') if isinstance(header, dict) else None}, not {FORMAT}")
+    counts = [header.get(name) for name in ("bytes", "samples", "key_bytes", "source_bytes")]
+    texts = [header.get(name) for name in ("shard", "sha256")]
+    endings, skipped = header.get("extensions"), header.get("skipped")
+    sound = (
+        all(isinstance(count, int) and 0 <= count < 1 << 62 for count in counts)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(endings, list)
+        and all(isinstance(ending, str) for ending in endings)
+        and isinstance(skipped, list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in skipped)
+    )
+    if not sound:
+        raise _damaged(path, "its first line lacks a field or holds a wrong one")
+    return {**header, "skipped": [(what, why) for what, why in skipped]}
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"offset file {path} is damaged or missing: {what}; `scaler index {path.parent}` makes it anew from the shard"
+    )
