@@ -1,0 +1,96 @@
+"""Starts a training on this machine: one process directly, several through Accelerate's launcher.
+
+    command = train_command("dinov2/demo", ["data.shards=shards/train"], processes=2, strategy="fsdp2")
+    exit_code = run(command, processes=2)
+
+The command is an ordinary one that a user can copy. Accelerate only starts the processes and says which strategy is
+meant; the files under configs/accelerate work on GPU machines as well as on a CPU box, where `accelerate launch --cpu`
+would start a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from scaler.recipe import find_recipe
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
+
+def train_command(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    processes: int = 1,
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto",
+) -> list[str]:
+    """The command that trains `recipe` on `processes` processes of this machine.
+
+    Args:
+        recipe: path or short name, handed on as it is.
+        overrides: `key=value` words, handed on as they are.
+        processes: 1 starts `python -m scaler.train` itself; more go through `accelerate launch`.
+        strategy: which of configs/accelerate the launcher reads; auto is ddp.
+
+    Raises:
+        ValueError: fewer than one process, or no configuration for this strategy.
+    """
+    if processes < 1:
+        raise ValueError(f"{processes} processes cannot train; start 1 or more")
+    train = ["-m", "scaler.train", recipe, *overrides]
+    if processes == 1:
+        return [sys.executable, *train]
+    config = _short(find_recipe(f"accelerate/{'ddp' if strategy == 'auto' else strategy}"))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+    return [sys.executable, *launcher, *train]
+
+
+def environment(processes: int) -> dict[str, str]:
+    """The environment for `processes` processes: what is set here stays, what is missing gets a sensible value.
+
+    OMP_NUM_THREADS shares the cores out (Accelerate would give every process one thread), and torchrun learns to pass
+    SIGUSR1 on as it does SIGTERM, so that either saves a checkpoint and leaves.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    signals = ",".join(number.name for number in _FORWARDED)
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PET_SIGNALS_TO_HANDLE": signals}
+    return {**defaults, **os.environ}
+
+
+def run(command: Sequence[str], *, processes: int = 1) -> int:
+    """Run `command` to its end and return its exit code (128 + n where signal n killed it).
+
+    The child gets a session of its own, so that a Ctrl-C reaches it once: passed on from here, like every other signal
+    that asks a training to stop.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before there was a child to pass them to
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in _FORWARDED}
+    try:
+        child = subprocess.Popen(command, env=environment(processes), start_new_session=True)
+        for number in early:
+            child.send_signal(number)
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _short(path: Path) -> Path:
+    """`path` from here where it lies below the current folder, for commands that are nice to read."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
