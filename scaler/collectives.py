@@ -93,3 +93,31 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.world.sum_(grads[0].contiguous().clone()), None
+
+
+class Agreement:
+    """Small flags that all ranks act on together: the maximum over ranks, known one exchange later.
+
+    Every rank calls `exchange` once per step. The reduction runs while the step computes and is read at the next call,
+    so that a step never waits for it; the price is that a flag takes effect one step late, on all ranks at once.
+    """
+
+    def __init__(self, world: World, *, count: int) -> None:
+        self._world = world
+        self._values = torch.zeros(count, dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def exchange(self, flags: list[int]) -> list[int]:
+        """Hand in this rank's flags; returns the maxima of those handed in at the call before."""
+        before = self.last()
+        self._values = torch.tensor(flags, dtype=torch.int64)
+        if self._world.size > 1:
+            self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=self._world.group, async_op=True)
+        return before
+
+    def last(self) -> list[int]:
+        """The maxima of the flags handed in last; waits for them."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(v) for v in self._values]

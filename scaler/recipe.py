@@ -155,10 +155,6 @@ class Recipe(Section):
     track: Track = Track()
     run: Run = Run()
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
-
 
 def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by path or by short name (`dinov2/demo`) and apply dotted overrides (`optim.lr=1e-3`).

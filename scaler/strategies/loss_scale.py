@@ -36,6 +36,10 @@ class LossScale:
         """Whether a non-finite step can no longer be blamed on the scale."""
         return self.value <= 1.0
 
+    def report(self) -> dict[str, float]:
+        """The scale, for the log, where there is one."""
+        return {"loss_scale": self.value} if self.enabled else {}
+
     def state_dict(self) -> dict[str, float]:
         """Scale and count of good steps."""
         return {"value": self.value, "good_steps": self.good_steps}

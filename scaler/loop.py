@@ -1,0 +1,196 @@
+"""The training loop, in time order. It knows the base classes of methods and strategies, and none by name."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from scaler.checkpoint import Checkpointer
+from scaler.collectives import Agreement, World
+from scaler.methods.base import Batch, Hyper, Method
+from scaler.metrics import MetricsLog, Throughput, memory_gib
+from scaler.optimizers import set_hyper
+from scaler.rejections import Rejections
+from scaler.strategies import Strategy
+from shards.random import keyed_bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run that are derived from its recipe, in steps and images."""
+
+    total_steps: int
+    stop_step: int
+    global_batch_size: int
+    num_micro_batches: int
+    num_samples: int
+    log_every: int
+    save_every: int  # steps; 0: by the clock alone
+    save_minutes: float  # 0: by steps alone
+    seed: int
+    max_nonfinite: int
+
+
+@dataclass
+class Progress:
+    """Where the run is: updates made, and images seen, which alone decides the data that come next."""
+
+    step: int = 0
+    images: int = 0
+
+
+def train(
+    *,
+    plan: Plan,
+    progress: Progress,
+    method: Method,
+    strategy: Strategy,
+    loader: Iterator[Batch],
+    hyper_at: Callable[[int], Hyper],
+    checkpointer: Checkpointer,
+    checkpoint_info: Callable[[], dict[str, Any]],
+    rejections: Rejections,
+    log: MetricsLog,
+    world: World,
+    device: torch.device,
+) -> str:
+    """Train from `progress` to the end of the plan, or to a signal; leaves a checkpoint behind in either case.
+
+    Returns:
+        Why it ended: "done", "stop_after" or "signal".
+
+    Raises:
+        ValueError: too many rejected samples or non-finite steps, a checkpoint that cannot be written.
+    """
+    meter, agreement = Throughput(), Agreement(world, count=3)
+    nonfinite, stop, saved_at, last_save = 0, 0, progress.step, time.monotonic()
+
+    def save() -> None:
+        nonlocal saved_at, last_save
+        rejections.exchange(log)
+        log.sync()
+        checkpointer.save(step=progress.step, pieces=strategy.pieces(), info=checkpoint_info())
+        saved_at, last_save = progress.step, time.monotonic()
+
+    with StopSignals() as signals:
+        while progress.step < plan.stop_step:
+            step = progress.step
+            hyper = hyper_at(step)
+            set_hyper(strategy.optimizer, hyper)
+
+            # Data: this rank's micro-batches of the global batch, augmented on the device.
+            with meter.waiting():
+                raw = list(itertools.islice(loader, plan.num_micro_batches))
+            rejections.add(step + 1, raw)
+            prepare = functools.lru_cache(maxsize=1)(  # one micro-batch of floats at a time; a single one is kept
+                lambda i, raw=raw, step=step: method.augment(to_device(raw[i], device), seed=plan.seed, step=step)
+            )
+
+            # Targets that depend on the whole global batch.
+            targets: list[Any] = [None] * len(raw)
+            if method.observes(len(raw)):
+                observations = []
+                for i in range(len(raw)):
+                    reseed(plan.seed, step, world.rank, i)
+                    observations.append(strategy("observe", prepare(i), hyper))
+                targets = strategy("combine", observations, hyper)
+
+            # Gradients, micro-batch by micro-batch.
+            metrics = []
+            for i, target in enumerate(targets):
+                reseed(plan.seed, step, world.rank, i)
+                with strategy.accumulate(last=i == len(raw) - 1):
+                    out = strategy("learn", prepare(i), target, hyper)
+                    strategy.backward(out["loss"] / len(raw))
+                metrics.append(out["metrics"])
+
+            # The update, and what follows it (the teacher).
+            result = strategy.step()
+            if result.taken:
+                method.after_step(hyper, strategy.lerp_)
+            progress.step, progress.images = step + 1, progress.images + plan.global_batch_size
+            meter.add(plan.global_batch_size)
+
+            # A step that was not taken, for another reason than the fp16 scale that is still looking for its value.
+            nonfinite = 0 if result.taken or not strategy.loss_scale.exhausted else nonfinite + 1
+            if nonfinite:
+                log.note(f"step {step + 1}: the gradient is not finite; the step was not taken "
+                         f"(its samples: scaler batch RUN --step {step + 1})")  # fmt: skip
+            if nonfinite == plan.max_nonfinite:
+                raise ValueError(f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): lower "
+                                 "optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16")  # fmt: skip
+
+            if progress.step % plan.log_every == 0 or progress.step == plan.stop_step:
+                row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}
+                row |= mean_metrics(metrics, world)
+                row |= {**hyper, "grad_norm": result.grad_norm, **strategy.loss_scale.report()}
+                row |= {**meter.read(), "memory_gib": memory_gib(device), "rejected": rejections.count}
+                log.log(row)
+                log.progress(progress.step, row)
+            else:
+                log.progress(progress.step, {})
+
+            # What all ranks do together, one step after the first of them wanted it.
+            due = bool(plan.save_minutes) and time.monotonic() - last_save > 60 * plan.save_minutes
+            stop, clock_due, rejected = agreement.exchange([signals.received, int(due), rejections.pending])
+            if rejected:
+                rejections.exchange(log)
+            if stop:
+                break
+            if clock_due or (plan.save_every and progress.step % plan.save_every == 0):
+                save()
+            checkpointer.check()
+
+        agreement.last()
+        if saved_at != progress.step or progress.step == 0:
+            save()
+        checkpointer.wait()
+    return "done" if progress.step >= plan.total_steps else "signal" if stop else "stop_after"
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its pixels and labels on the device; indices stay on the CPU, where parameters are drawn."""
+    views = {name: view.to(device, non_blocking=True) for name, view in batch["views"].items()}
+    return {**batch, "views": views, "labels": batch["labels"].to(device, non_blocking=True)}
+
+
+def reseed(seed: int, step: int, rank: int, micro_batch: int) -> None:
+    """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
+    torch.manual_seed(int(keyed_bits("torch", seed, step, rank, micro_batch)))
+
+
+def mean_metrics(metrics: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
+    """Means over micro-batches and ranks of what `learn` returned, as floats; one collective."""
+    values = torch.stack([torch.stack([m[name].float() for name in metrics[0]]) for m in metrics]).mean(dim=0)
+    return dict(zip(metrics[0], (world.sum_(values) / world.size).tolist(), strict=True))
+
+
+class StopSignals:
+    """While active, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end instead of killing the process."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number

@@ -1,0 +1,43 @@
+"""Whether a checkpoint may be continued by this recipe on these data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# What may change between a run and its continuation without changing its results (layout, logging, places), or with an
+# effect that the user asks for by changing it.
+_FREE = ("strategy.", "checkpoint.", "track.", "run.dir", "run.stop_after", "run.deterministic", "run.max_nonfinite",
+         "data.shards", "data.val_shards", "data.num_workers", "data.max_bad_fraction")  # fmt: skip
+
+
+def check_continues(
+    manifest: dict[str, Any], *, recipe: dict[str, Any], fingerprint: str, allowed: Sequence[str], path: Path
+) -> None:
+    """Refuse to continue a checkpoint with other data or another recipe, unless allowed by name.
+
+    Raises:
+        ValueError: names what differs, the consequence and the override.
+    """
+    if manifest["fingerprint"] != fingerprint and "data" not in allowed:
+        raise ValueError(f"{path} was trained on other data (fingerprint {manifest['fingerprint'][:12]}, now "
+                         f"{fingerprint[:12]}): the order of images would change; restore the shards, start a new "
+                         "run.dir, or set checkpoint.allow_changes=[data]")  # fmt: skip
+    before, now = dict(_flatten(manifest["recipe"])), dict(_flatten(recipe))
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changed = [k for k in changed if not k.startswith(_FREE) and k not in allowed]
+    if changed:
+        details = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed)
+        raise ValueError(f"{path} was trained with another recipe ({details}): results would no longer be those of one "
+                         f"run; undo the change, start a new run.dir, or set "
+                         f"checkpoint.allow_changes=[{','.join(changed)}]")  # fmt: skip
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

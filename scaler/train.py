@@ -1,0 +1,314 @@
+"""Train a model: recipe → objects → loop.
+
+    python -m scaler.train dinov2/demo data.shards=shards/train
+    torchrun --nproc-per-node 8 -m scaler.train configs/dinov2/vitl16_in1k.yaml data.shards=…
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml -m scaler.train dinov2/demo data.shards=…
+
+Exit codes: 0 the run is done (or reached run.stop_after), 75 a signal stopped it after a checkpoint (start it again to
+go on), 2 wrong use, 1 failure. RUN/exit.json says the same in words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from scaler import schedules
+from scaler.checkpoint import Checkpointer, load_pieces, read_manifest, resolve_checkpoint, verify
+from scaler.collectives import World
+from scaler.loop import Plan, Progress, train
+from scaler.methods import method_class
+from scaler.methods.base import Hyper, Method
+from scaler.metrics import MetricsLog
+from scaler.optimizers import build_optimizer
+from scaler.recipe import Recipe, StrategySettings, load_recipe
+from scaler.rejections import Rejections
+from scaler.resume import check_continues
+from scaler.strategies import STRATEGIES
+from scaler.strategies.start import resolve_strategy, start_processes
+from shards.index import ShardIndex
+from shards.loader import ShardLoader
+from shards.order import SampleOrder, default_lanes
+
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m scaler.train RECIPE [key=value …]`; returns the exit code."""
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        recipe = load_recipe(arguments[0], overrides=arguments[1:])
+    except ValueError as error:
+        return _fail(error, code=2)
+    try:
+        reason = run(recipe)
+    except (ValueError, OSError) as error:
+        # Leave at once: a collective shutdown would wait for ranks that are still working.
+        code = _fail(error, code=1)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return INTERRUPTED if reason == "signal" else 0
+
+
+def run(recipe: Recipe) -> str:
+    """Run a recipe in this process and its peers; returns why it ended (see `scaler.loop.train`).
+
+    Raises:
+        ValueError: the recipe, the data, the launcher and the machine do not fit together; says how to mend it.
+    """
+    settings = resolve_strategy(recipe.strategy)
+    world, device = start_processes()
+    make_deterministic(recipe.run.deterministic)
+    run_dir = Path(recipe.run.dir)
+
+    index = ShardIndex.load(recipe.data.shards)
+    order = build_order(recipe, index)
+    batch = recipe.data.global_batch_size
+    micro, accumulation = batch_layout(batch, micro_batch_size=settings.micro_batch_size, num_ranks=world.size)
+
+    method = build_method(recipe, world=world)
+    method.check_layout(num_micro_batches=accumulation, micro_batch_size=micro)
+    strategy = STRATEGIES[settings.name](
+        settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
+    )
+    strategy.prepare(method, lambda groups: build_optimizer(recipe.optim, groups))
+
+    steps = step_counter(recipe, num_samples=index.num_samples)
+    plan = make_plan(recipe, steps=steps, num_samples=index.num_samples, num_micro_batches=accumulation)
+    checkpointer = Checkpointer(
+        run_dir,
+        world=world,
+        keep_last=recipe.checkpoint.keep_last,
+        keep_every=steps(recipe.checkpoint.keep_every) if recipe.checkpoint.keep_every else 0,
+    )
+    resolved = resolved_recipe(recipe, index=index, settings=settings)
+    progress, source = Progress(), find_start(recipe, checkpointer)
+    if source is not None:
+        manifest = read_manifest(source)
+        check_continues(
+            manifest,
+            recipe=resolved,
+            fingerprint=index.fingerprint,
+            allowed=recipe.checkpoint.allow_changes,
+            path=source,
+        )
+        load_pieces(source, strategy.pieces())
+        strategy.loss_scale.load_state_dict(manifest["loss_scale"])
+        progress = Progress(step=manifest["step"], images=manifest["images"])
+    if world.rank == 0:
+        (run_dir / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, width=100))
+
+    loader = ShardLoader(
+        index,
+        order,
+        views=method.views,
+        seed=recipe.run.seed,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=recipe.data.num_workers,
+        start=progress.images,
+        stop=plan.stop_step * batch,
+        max_pixels=recipe.data.max_pixels,
+    )
+    rejections = Rejections(world=world, limit=max(10, int(recipe.data.max_bad_fraction * index.num_samples)))
+    log = MetricsLog(
+        run_dir,
+        rank=world.rank,
+        start_step=progress.step,
+        total_steps=plan.total_steps,
+        track=recipe.track,
+        recipe=resolved,
+    )
+    rejections.load(run_dir / "rejected.jsonl")
+    try:
+        announce(log, strategy.report(), recipe=recipe, plan=plan, micro=micro, source=source, progress=progress)
+        reason = train(
+            plan=plan,
+            progress=progress,
+            method=method,
+            strategy=strategy,
+            loader=iter(loader),
+            hyper_at=lambda step: hyper_at(recipe, method, step, steps=steps),
+            checkpointer=checkpointer,
+            checkpoint_info=lambda: {
+                "images": progress.images,
+                "recipe": resolved,
+                "fingerprint": index.fingerprint,
+                "loss_scale": strategy.loss_scale.state_dict(),
+                "saved_by": strategy.report(),
+            },
+            rejections=rejections,
+            log=log,
+            world=world,
+            device=device,
+        )
+        log.note({"done": "done", "signal": "stopped by a signal; start again to go on", "stop_after": "reached "
+                  "run.stop_after"}[reason] + f": step {progress.step}, {run_dir}")  # fmt: skip
+    finally:
+        log.close()
+    if world.rank == 0:
+        state = {"reason": reason, "requeue": reason == "signal", "step": progress.step, "images": progress.images}
+        (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
+    return reason
+
+
+# ---------------------------------------------------------------------- parts that other commands use too
+
+
+def build_method(recipe: Recipe, *, world: World) -> Method:
+    """The recipe's method, initialised from its seed: the same on every rank and machine layout."""
+    torch.manual_seed(recipe.run.seed)
+    return method_class(recipe.method.name)(recipe.method, image_size=recipe.data.image_size, world=world)
+
+
+def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
+    """The order in which the recipe reads these shards."""
+    lanes = recipe.data.lanes
+    if lanes == "auto":
+        lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
+    return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
+
+
+def step_counter(recipe: Recipe, *, num_samples: int) -> Callable[[str], int]:
+    """A function from durations ("10 epochs", …, or "total") to steps of this recipe on so many samples."""
+
+    def steps(text: str) -> int:
+        duration = schedules.Duration.parse(recipe.schedule.total if text == "total" else text)
+        return duration.steps(global_batch_size=recipe.data.global_batch_size, num_samples=num_samples)
+
+    return steps
+
+
+def hyper_at(recipe: Recipe, method: Method, step: int, *, steps: Callable[[str], int]) -> Hyper:
+    """Learning rate, weight decay and the method's own scheduled values at `step` (updates already made)."""
+    optim, schedule, total = recipe.optim, recipe.schedule, steps("total")
+    warmup = min(steps(schedule.warmup), total)
+    peak = optim.scaled_lr(recipe.data.global_batch_size)
+    decay_end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
+    hyper = {
+        "lr": schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, end=schedule.final_lr),
+        "weight_decay": schedules.cosine(step, total=total, start=optim.weight_decay, end=decay_end),
+    }
+    return hyper | method.hyper(step, steps)
+
+
+# ---------------------------------------------------------------------- helpers of `run`
+
+
+def batch_layout(global_batch_size: int, *, micro_batch_size: int | None, num_ranks: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) such that micro-batch × accumulation × ranks is the global batch.
+
+    Raises:
+        ValueError: it does not multiply out; names the nearest values that do.
+    """
+    if global_batch_size % num_ranks:
+        below, above = (f(global_batch_size / num_ranks) * num_ranks for f in (math.floor, math.ceil))
+        raise ValueError(
+            f"data.global_batch_size {global_batch_size} does not divide by {num_ranks} ranks; nearest that do: "
+            f"{below or above} and {above}"
+        )
+    local = global_batch_size // num_ranks
+    micro = micro_batch_size or local
+    if local % micro:
+        divisors = [d for d in range(1, local + 1) if local % d == 0]
+        nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+        raise ValueError(
+            f"strategy.micro_batch_size {micro} does not divide the {local} images of a rank "
+            f"({global_batch_size} over {num_ranks} ranks); nearest that do: {' and '.join(map(str, nearest))}"
+        )
+    return micro, local // micro
+
+
+def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int, num_micro_batches: int) -> Plan:
+    """The run's numbers in steps."""
+    total = steps(recipe.schedule.total)
+    stop = min(total, steps(recipe.run.stop_after)) if recipe.run.stop_after else total
+    every = recipe.checkpoint.every
+    minutes = float(every.removesuffix(" minutes")) if every.endswith(" minutes") else 0.0
+    return Plan(
+        total_steps=total,
+        stop_step=stop,
+        global_batch_size=recipe.data.global_batch_size,
+        num_micro_batches=num_micro_batches,
+        num_samples=num_samples,
+        log_every=steps(recipe.track.log_every),
+        save_every=0 if minutes else steps(every),
+        save_minutes=minutes,
+        seed=recipe.run.seed,
+        max_nonfinite=recipe.run.max_nonfinite,
+    )
+
+
+def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Path | None:
+    """The checkpoint to start from: the run's own newest, else the one that `checkpoint.resume` names.
+
+    Raises:
+        ValueError: `resume: never` in a directory that holds checkpoints, or a named checkpoint that is damaged.
+    """
+    resume = recipe.checkpoint.resume
+    own = checkpointer.find()
+    if resume == "never" and own is not None:
+        raise ValueError(f"{recipe.run.dir} already holds {own.name} and checkpoint.resume is never; choose another "
+                         "run.dir, or remove the old run")  # fmt: skip
+    if own is not None or resume in ("auto", "never"):
+        return own
+    source = resolve_checkpoint(resume)
+    verify(source)
+    return source
+
+
+def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySettings) -> dict[str, Any]:
+    """The recipe with every default and "auto" written out and the shards' full path, as plain data."""
+    values = recipe.model_dump(mode="json")
+    values["strategy"] = settings.model_dump(mode="json")
+    values["data"]["shards"] = str(index.path)
+    return values
+
+
+def announce(log: MetricsLog, report: dict[str, Any], *, recipe: Recipe, plan: Plan, micro: int, source: Path | None,
+             progress: Progress) -> None:  # fmt: skip
+    """Print what was really engaged."""
+    log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    log.note(
+        f"{recipe.method.name}: {plan.num_samples} images, global batch {plan.global_batch_size} = {report['ranks']} ranks "
+        f"× {plan.num_micro_batches} micro-batches × {micro}, {plan.total_steps} steps "
+        f"({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs), in {recipe.run.dir}"
+    )
+    if source is not None:
+        log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Ask torch for deterministic kernels (slower); without it results are equal up to rounding only."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _fail(error: Exception, *, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
