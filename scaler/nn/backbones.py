@@ -1,0 +1,140 @@
+"""Backbones from timm by name.
+
+    backbone = build_backbone("vit_small_patch16_224", image_size=224, layer_scale=1e-5, drop_path=0.3)
+    features = backbone([global_crops, local_crops])           # one pass over crops of both sizes
+    blocks = backbone.blocks()                                 # units to shard, checkpoint and compile
+
+Plain ViTs become `PackedViT`, freshly initialised as in DINOv2; every other model runs as timm has it, with timm's
+initial weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from timm.models import is_model, list_models, model_entrypoint
+from torch import Tensor, nn
+
+from scaler.nn.base import Backbone, Features
+from scaler.nn.init import init_vit_
+from scaler.nn.vit import PackedViT, can_pack
+
+__all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone"]
+
+
+def build_backbone(
+    name: str,
+    *,
+    image_size: int,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    registers: int = 0,
+    patch_size: int | None = None,
+    mask_token: bool = False,
+    **overrides: Any,
+) -> Backbone:
+    """Build a timm model without classifier.
+
+    Args:
+        name: timm's name of the model.
+        image_size: pixels of the (global) crops, which sets a ViT's position embedding.
+        drop_path: stochastic depth. ViTs take the rows to run in `forward(keep=…)`; others use timm's, per sample.
+        layer_scale: initial value of a ViT's LayerScale; None: as the model has it, mostly none.
+        registers: number of register tokens of a ViT (arXiv 2309.16588), which get no position.
+        patch_size: another patch size than the name's.
+        mask_token: give a ViT a mask token.
+        overrides: further arguments of timm's model (`depth`, `embed_dim`, `num_heads`, …).
+
+    Raises:
+        ValueError: unknown model, an override that the model does not take, or a ViT's option for another model.
+    """
+    if not is_model(name):
+        close = difflib.get_close_matches(name, list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    if _packs(name):
+        options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "init_values": layer_scale}
+        if layer_scale is None:
+            del options["init_values"]
+        if patch_size is not None:
+            options["patch_size"] = patch_size
+        if registers:
+            options |= {"reg_tokens": registers, "no_embed_class": True}
+        model = _create(name, **options, **overrides)
+        if can_pack(model):
+            size = model.patch_embed.patch_size[0]
+            if image_size % size:
+                raise ValueError(f"image_size {image_size} is not a multiple of the patch size {size} of {name}")
+            vit = PackedViT(model, drop_path=drop_path, mask_token=mask_token)
+            init_vit_(vit, layer_scale=layer_scale)
+            return vit
+    wanted = {"layer_scale": layer_scale, "registers": registers, "patch_size": patch_size, "mask_token": mask_token}
+    refused = [option for option, value in wanted.items() if value]
+    if refused:
+        raise ValueError(
+            f"{name} is no plain ViT and has no {', '.join(refused)}; take a vit_* model, or leave that out"
+        )
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
+        overrides = {"img_size": image_size, **overrides}
+    return TimmBackbone(_create(name, drop_path_rate=drop_path, **overrides), drop_path=drop_path)
+
+
+class TimmBackbone(Backbone):
+    """Any other timm model, called as it is, one crop size after the other."""
+
+    is_vit = False
+    patch_size = None
+
+    def __init__(self, model: nn.Module, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.num_features = model.head_hidden_size
+        self.drop_path = drop_path
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        keep: Sequence[Tensor] | None = None,
+    ) -> list[Features]:
+        """See `Backbone.forward`; masks and kept rows are for ViTs."""
+        if keep is not None or any(mask is not None for mask in masks or ()):
+            raise ValueError(f"{type(self.model).__name__} takes neither masks nor kept rows; use a vit_* model")
+        return [self._features(x) for x in crops]
+
+    def _features(self, images: Tensor) -> Features:
+        last = self.model.forward_features(images)
+        cls = self.model.forward_head(last, pre_logits=True)
+        if last.ndim == 4:
+            channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            patches = last.flatten(1, 2) if channels_last else last.flatten(2).transpose(1, 2)
+        else:
+            patches = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
+        return Features(cls=cls, patches=patches)
+
+    def blocks(self) -> list[nn.Module]:
+        """Residual blocks where the model has stages of them (ResNet, ConvNeXt, Swin, …), else its direct children."""
+        model = self.model
+        stages = [getattr(model, f"layer{i}") for i in range(1, 5) if hasattr(model, f"layer{i}")]  # ResNet's names
+        stages = stages or [s for key in ("stages", "layers", "blocks") for s in getattr(model, key, ())]
+        found: list[nn.Module] = []
+        for stage in stages:
+            inner = getattr(stage, "blocks", stage)
+            found += list(inner) if isinstance(inner, nn.Sequential | nn.ModuleList) else [stage]
+        return found or [child for child in model.children() if any(True for _ in child.parameters())]
+
+
+def _packs(name: str) -> bool:
+    """Whether the model may be a plain ViT, and so takes the arguments of one."""
+    return model_entrypoint(name).__module__ in ("timm.models.vision_transformer", "timm.models.deit")
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} does not take these settings: {error}") from None

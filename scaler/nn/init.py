@@ -1,0 +1,67 @@
+"""Initial weights. Everything is filled with NaN first, so that a parameter that no rule reaches shows at once.
+
+Numbers come from torch's default generator: the caller seeds it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from scaler.nn.vit import PackedViT
+
+
+@torch.no_grad()
+def fill_nan_(module: nn.Module) -> None:
+    """Make every parameter NaN."""
+    for parameter in module.parameters():
+        parameter.fill_(float("nan"))
+
+
+def assert_initialised(module: nn.Module) -> None:
+    """Assert that no parameter holds a NaN."""
+    missed = [name for name, parameter in module.named_parameters() if parameter.isnan().any()]
+    assert not missed, f"parameters without an initial value: {', '.join(missed)}"
+
+
+@torch.no_grad()
+def init_linear_(layer: nn.Linear, *, std: float = 0.02) -> None:
+    """Normal weights truncated at ±2 (as in BEiT and DINO: an absolute bound), zero bias."""
+    nn.init.trunc_normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def init_vit_(vit: PackedViT, *, layer_scale: float | None) -> None:
+    """DINOv2's initial weights of a ViT.
+
+    Truncated normal 0.02 for linear layers and positions, normal 1e-6 for class token and registers, zeros for the
+    mask token and all biases, ones for norms, `layer_scale` for LayerScale, and torch's own range ±1/√fan_in for the
+    patch projection.
+    """
+    fill_nan_(vit)
+    if vit.pos_embed is not None:
+        nn.init.trunc_normal_(vit.pos_embed, std=0.02)
+    for token in (vit.cls_token, vit.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=1e-6)
+    if vit.mask_token is not None:
+        nn.init.zeros_(vit.mask_token)
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            init_linear_(module)
+        elif isinstance(module, nn.Conv2d):
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "gamma"):
+            nn.init.constant_(module.gamma, module.init_values if layer_scale is None else layer_scale)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):  # LayerNorm, RMSNorm and their relatives
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+    assert_initialised(vit)
