@@ -25,12 +25,11 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlug
 from torch import Tensor
 from torch.nn import functional as F
 
-from shards.image_header import DecodeError, ImageInfo, inspect
+from shards.image_header import DEFAULT_MAX_PIXELS, DecodeError, ImageInfo, inspect
 from shards.random import Key, keyed_uniform
 
 __all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "ImageInfo", "View", "decode_into", "decode_views", "draw", "inspect"]
 
-DEFAULT_MAX_PIXELS = 100_000_000  # 300 MB decoded
 _TRIES = 10
 _UNIFORMS = 4 * _TRIES + 1  # (area, ratio, top, left) of every try, then the flip
 _SCALES = (8, 4, 2)  # DCT scales 1/s, smallest picture first

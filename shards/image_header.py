@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+DEFAULT_MAX_PIXELS = 100_000_000  # 300 MB decoded
+
 
 class DecodeError(ValueError):
     """An image that cannot be used; the message is one line with the reason."""

@@ -22,7 +22,7 @@ MAX_EXTENSION = 5  # the dot and the longest of our members' endings: jpeg, webp
 NAME_BYTES, PREFIX_BYTES = 100, 155  # of a ustar header
 
 _META = re.compile(r"__.*__", re.DOTALL)
-_UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufffd]")  # control characters, line ends, undecodable bytes
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]")  # control characters, line ends, undecodable bytes
 
 
 class KeyMaker:

@@ -63,13 +63,13 @@ class OffsetTable:
 
     def key(self, local: int) -> str:
         """The key of sample number `local` of this shard."""
-        return self._text(self._key_ends, local, base=0).decode()
+        return self._text(self._key_ends, local, base=0)
 
     def sample(self, local: int) -> Sample:
         """Everything known about sample number `local` of this shard."""
         key, extension = self.key(local), self._extension_names[self._extensions[local]]
         base = int(self._key_ends[-1])
-        source = self._text(self._source_ends, local, base=base).decode("utf-8", "surrogateescape")
+        source = self._text(self._source_ends, local, base=base)
         return Sample(
             key=key,
             extension=extension,
@@ -79,9 +79,9 @@ class OffsetTable:
             source=source or f"{key}.{extension}",
         )
 
-    def _text(self, ends: NDArray[np.int64], local: int, *, base: int) -> bytes:
+    def _text(self, ends: NDArray[np.int64], local: int, *, base: int) -> str:
         start = int(ends[local - 1]) if local > 0 else 0
-        return bytes(self._blobs[base + start : base + int(ends[local])])
+        return bytes(self._blobs[base + start : base + int(ends[local])]).decode("utf-8", "surrogateescape")
 
 
 def offset_path(shard: Path) -> Path:
@@ -96,10 +96,9 @@ def pack_offsets(
     extension_names = sorted({sample.extension for sample in samples})
     if len(extension_names) > 256:
         raise ValueError(f"{shard_name} holds {len(extension_names)} different image endings; at most 256 are possible")
-    keys = [sample.key.encode() for sample in samples]
+    keys = [_encode(sample.key) for sample in samples]
     sources = [
-        b"" if sample.source == f"{sample.key}.{sample.extension}" else sample.source.encode("utf-8", "surrogateescape")
-        for sample in samples
+        b"" if sample.source == f"{sample.key}.{sample.extension}" else _encode(sample.source) for sample in samples
     ]
     header = {
         "format": FORMAT,
@@ -184,7 +183,7 @@ def load_offsets(path: Path) -> OffsetTable:
 def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "its first line is not JSON") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _damaged(path, f"format {header.get('format') if isinstance(header, dict) else None}, not {FORMAT}")
@@ -194,14 +193,21 @@ def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
     sound = (
         all(isinstance(count, int) and 0 <= count < 1 << 62 for count in counts)
         and all(isinstance(text, str) for text in texts)
-        and isinstance(endings, list)
-        and all(isinstance(ending, str) for ending in endings)
+        and _is_texts(endings)
         and isinstance(skipped, list)
-        and all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in skipped)
+        and all(_is_texts(pair) and len(pair) == 2 for pair in skipped)
     )
     if not sound:
         raise _damaged(path, "its first line lacks a field or holds a wrong one")
-    return {**header, "skipped": [(what, why) for what, why in skipped]}
+    return {**header, "skipped": [(what, why) for what, why in header["skipped"]]}
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # names in old tars and file systems need not be utf-8
 
 
 def _damaged(path: Path, what: str) -> ValueError:

@@ -1,7 +1,7 @@
 """Files written whole or not at all, and what we say when the disk refuses.
 
-Every lasting file goes through `atomic_file`: a temporary file beside it, fsync, rename. A reader, or the next run after
-a crash, therefore sees a complete file or none.
+Every lasting file goes through `atomic_file`: a temporary file beside it, fsync, rename. A reader, or the next run
+after a crash, therefore sees a complete file or none.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def remove_temporaries(folder: Path, *, prefix: str) -> None:
-    """Remove the temporary files that a killed run left in `folder`, for names that start with `prefix`."""
-    for file in folder.iterdir():
-        if file.name.startswith(prefix) and file.name.endswith(TEMPORARY):
-            with contextlib.suppress(OSError):
-                file.unlink()
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files that a killed run left in `folder`."""
+    for file in folder.glob(f"*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def sha256_file(path: Path) -> str:

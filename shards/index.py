@@ -1,0 +1,324 @@
+"""The index of a folder of shards: which samples it holds and where their bytes are.
+
+`index.json` lists the shards (file name, bytes, samples, sha256), the class names, the totals and a fingerprint over
+all of it; the offset file of each shard (shards/offsets.py) is opened when a sample of it is first asked for. Sample
+ids count through the shards in the order of the list, so a million shards cost megabytes, whatever they hold.
+
+`build_index` (shards/tar.py reads the tars) makes the same files for shards from elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from shards.folder import IMAGE_EXTENSIONS
+from shards.offsets import OffsetTable, Skipped, load_offsets, offset_path, pack_offsets, read_header
+from shards.parallel import default_workers, map_processes
+from shards.storage import sha256_file, write_atomic
+from shards.tar import scan_tar
+
+FORMAT = 1
+INDEX_NAME = "index.json"
+_OPEN_TABLES = 256  # offset files kept mapped per process
+_MAX_CLASSES = 10_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample: the image is bytes `offset … offset + size` of shard number `shard`; `label` -1: none."""
+
+    shard: int
+    offset: int
+    size: int
+    extension: str
+    key: str
+    source: str
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What `index.json` says about one shard."""
+
+    name: str
+    num_bytes: int
+    num_samples: int
+    sha256: str
+
+
+class ShardIndex:
+    """A folder of shards, read-only. Can be sent to worker processes (fork or spawn); make one with `load`.
+
+    `shard_sizes` is int64 [S], the samples of each shard.
+    """
+
+    def __init__(self, path: str | Path, *, shards: Sequence[ShardRecord], class_names: Sequence[str]) -> None:
+        self.path = Path(path)
+        self.shard_names = [shard.name for shard in shards]
+        self.class_names = list(class_names)
+        self.shard_sizes = np.array([shard.num_samples for shard in shards], dtype=np.int64)
+        self.shard_bytes = np.array([shard.num_bytes for shard in shards], dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        self.num_bytes = int(self.shard_bytes.sum())
+        self.fingerprint = _fingerprint(shards, class_names)
+        self._sha256 = np.array([shard.sha256 for shard in shards], dtype="S64")
+        self._ends = np.cumsum(self.shard_sizes)
+        self._tables: dict[int, OffsetTable] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> ShardIndex:
+        """Read `path/index.json`. `ValueError` (one line) when it is missing, damaged or of another format."""
+        path = Path(path)
+        file = path / INDEX_NAME
+        try:
+            data = json.loads(file.read_bytes())
+        except FileNotFoundError as error:
+            what = "is no folder" if not path.is_dir() else f"holds no {INDEX_NAME}"
+            raise ValueError(
+                f"{path} {what}: make shards with `scaler convert SOURCE {path}`, or index existing ones with "
+                f"`scaler index {path}`"
+            ) from error
+        except OSError as error:
+            raise ValueError(f"cannot read {file}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise _damaged_index(file, "it is not JSON") from error
+        if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+            raise _damaged_index(file, "it has no format number")
+        if data["format"] != FORMAT:
+            raise ValueError(
+                f"{file} has format {data['format']}, this version reads {FORMAT}; `scaler index {path}` makes it anew"
+            )
+        try:
+            rows = [(row["file"], row["bytes"], row["samples"], row["sha256"]) for row in data["shards"]]
+            class_names, fingerprint = data["class_names"], data["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise _damaged_index(file, f"a field is missing ({error})") from error
+        if not all(
+            isinstance(n, str) and isinstance(b, int) and isinstance(s, int) and isinstance(h, str) and len(h) == 64
+            for n, b, s, h in rows
+        ) or not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            raise _damaged_index(file, "a field has the wrong type")
+        index = cls(path, shards=[ShardRecord(*row) for row in rows], class_names=class_names)
+        if index.fingerprint != fingerprint:
+            raise _damaged_index(file, "its fingerprint does not match what it lists (was it edited, or cut off?)")
+        if any("/" in name or not name.endswith(".tar") for name in index.shard_names):
+            raise _damaged_index(file, "a shard name is not the name of a .tar file")
+        if not index.num_samples or (index.shard_sizes < 0).any():
+            raise _damaged_index(file, "it lists no samples")
+        return index
+
+    def save(self) -> None:
+        """Write `index.json`, whole or not at all; an identical one is left alone."""
+        rows = zip(self.shard_names, self.shard_bytes.tolist(), self.shard_sizes.tolist(), self._sha256, strict=True)
+        data = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "num_shards": len(self.shard_names),
+            "class_names": self.class_names,
+        }
+        lines = [json.dumps({"file": n, "bytes": b, "samples": s, "sha256": h.decode()}) for n, b, s, h in rows]
+        head = json.dumps(data, indent=1, ensure_ascii=False)
+        text = head.removesuffix("\n}") + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        write_atomic(self.path / INDEX_NAME, text.encode())
+
+    def shard_path(self, shard: int) -> Path:
+        """The tar file of shard number `shard`."""
+        return self.path / self.shard_names[shard]
+
+    def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample ids (integers, any shape) → (shard, number within the shard), int64 arrays of that shape."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_samples):
+            last = self.num_samples - 1
+            raise ValueError(f"sample ids run from {ids.min()} to {ids.max()}, but {self.path} holds only 0 … {last}")
+        shard = np.searchsorted(self._ends, ids, side="right")
+        return shard, ids - (self._ends[shard] - self.shard_sizes[shard])
+
+    def entry(self, id: int) -> Entry:
+        """Where sample `id` lies and what it is."""
+        shard, local = self.locate(id)
+        sample = self._table(int(shard)).sample(int(local))
+        return Entry(shard=int(shard), **vars(sample))
+
+    def keys(self, ids: ArrayLike) -> list[str]:
+        """The keys of the given sample ids, in their order."""
+        shards, locals_ = (part.ravel() for part in self.locate(ids))
+        keys = [""] * len(shards)
+        for i in np.argsort(shards, kind="stable"):
+            keys[i] = self._table(int(shards[i])).key(int(locals_[i]))
+        return keys
+
+    def labels(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """The class numbers of the given sample ids, int64 of their shape, -1 where there is none."""
+        shards, locals_ = self.locate(ids)
+        shape, shards, locals_ = shards.shape, shards.ravel(), locals_.ravel()
+        labels = np.empty(len(shards), dtype=np.int64)
+        order = np.argsort(shards, kind="stable")  # shard by shard, so that each offset file is opened once
+        for part in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(part):
+                labels[part] = self._table(int(shards[part[0]])).labels[locals_[part]]
+        return labels.reshape(shape)
+
+    def skipped(self) -> list[Skipped]:
+        """(what, why) for everything that was left out when the shards were made or indexed; reads every header."""
+        headers = (read_header(offset_path(self.path / name)) for name in self.shard_names)
+        return [pair for header in headers for pair in header["skipped"]]
+
+    def check_shard(self, shard: int, *, full: bool) -> None:
+        """Compare a shard with the index: its size, and when `full` its sha256. `ValueError` naming the file."""
+        path, wanted = self.shard_path(shard), int(self.shard_bytes[shard])
+        advice = f"copy it again from where it came, or run `scaler index {self.path}` if the change is meant"
+        try:
+            size = path.stat().st_size
+            if size == wanted and full and sha256_file(path).encode() != self._sha256[shard]:
+                raise ValueError(f"shard {path} has changed: its sha256 is not the one in {INDEX_NAME}; {advice}")
+        except FileNotFoundError as error:
+            raise ValueError(f"shard {path} is missing; {advice}") from error
+        except OSError as error:
+            raise ValueError(f"cannot read shard {path}: {error.strerror}") from error
+        if size != wanted:
+            cut = "was cut off" if size < wanted else "has changed"
+            raise ValueError(f"shard {path} {cut}: {size} bytes, {INDEX_NAME} says {wanted}; {advice}")
+
+    def _table(self, shard: int) -> OffsetTable:
+        table = self._tables.pop(shard, None)
+        if table is None:
+            path = offset_path(self.shard_path(shard))
+            table = load_offsets(path)
+            found = (table.shard_name, len(table), table.num_bytes, table.sha256.encode())
+            wanted = (self.shard_names[shard], self.shard_sizes[shard], self.shard_bytes[shard], self._sha256[shard])
+            if found != wanted:
+                raise ValueError(
+                    f"offset file {path} does not belong to {self.path / INDEX_NAME}; `scaler index {self.path}` makes "
+                    "both anew"
+                )
+            if len(table) and table.labels.max() >= len(self.class_names):
+                raise ValueError(
+                    f"offset file {path} has label {table.labels.max()}, but {INDEX_NAME} names only "
+                    f"{len(self.class_names)} classes; `scaler index {self.path}` makes both anew"
+                )
+            while len(self._tables) >= _OPEN_TABLES:
+                self._tables.pop(next(iter(self._tables)), None)
+        self._tables[shard] = table  # last in, so the one used longest ago is dropped first
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __repr__(self) -> str:
+        return f"ShardIndex({str(self.path)!r}, {self.num_samples} samples in {len(self.shard_names)} shards)"
+
+
+def build_index(
+    folder: str | Path,
+    *,
+    workers: int | None = None,
+    image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+    progress: bool = False,
+) -> ShardIndex:
+    """Index the tars of a folder, wherever they come from: write the offset files and `index.json`, and load them.
+
+    Class names are kept from an `index.json` that is there already and has enough of them; otherwise they are the
+    numbers. What was left out (`ShardIndex.skipped`) is kept in the offset files. Warns when the samples are sorted by
+    class. `ValueError` naming the file when a shard is truncated or damaged, holds a key twice or a `cls` that is no
+    number, and when there are no shards or no images.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        packed = sorted(file.name for file in folder.glob("*.t*gz")) if folder.is_dir() else []
+        hint = f" ({packed[0]} is compressed: shards must be plain tar, so unpack it with gunzip)" if packed else ""
+        raise ValueError(f"no .tar files in {folder}{hint}; `scaler convert SOURCE {folder}` makes shards from images")
+    shards = map_processes(
+        partial(_index_shard, image_extensions=tuple(image_extensions)),
+        paths,
+        num_tasks=len(paths),
+        workers=default_workers() if workers is None else workers,
+        label="indexing" if progress else None,
+        total=len(paths),
+        amount=lambda _: 1,
+    )
+    num_classes = max(num_classes for _, num_classes in shards)
+    if not sum(record.num_samples for record, _ in shards):
+        raise ValueError(f"no images ({', '.join(image_extensions)}) in the {len(paths)} shards of {folder}")
+    index = ShardIndex(
+        folder, shards=[record for record, _ in shards], class_names=_class_names(folder, num_classes=num_classes)
+    )
+    index.save()
+    warn_if_sorted(index)
+    return index
+
+
+def _index_shard(path: Path, *, image_extensions: Sequence[str]) -> tuple[ShardRecord, int]:
+    """Write the offset file of one shard; its record and the number of classes that its labels need."""
+    samples, skipped = scan_tar(path, image_extensions=image_extensions)
+    record = ShardRecord(path.name, num_bytes=path.stat().st_size, num_samples=len(samples), sha256=sha256_file(path))
+    data = pack_offsets(
+        samples, shard_name=path.name, num_bytes=record.num_bytes, sha256=record.sha256, skipped=skipped
+    )
+    write_atomic(offset_path(path), data)
+    return record, max((sample.label + 1 for sample in samples), default=0)
+
+
+def _class_names(folder: Path, *, num_classes: int) -> list[str]:
+    with contextlib.suppress(ValueError):
+        names = ShardIndex.load(folder).class_names
+        if len(names) >= num_classes > 0:
+            return names
+    if num_classes > _MAX_CLASSES:
+        raise ValueError(
+            f"the labels in {folder} go up to {num_classes - 1}; class numbers count from 0, and at most "
+            f"{_MAX_CLASSES} classes are possible"
+        )
+    return [str(number) for number in range(num_classes)]
+
+
+def warn_if_sorted(index: ShardIndex) -> str | None:
+    """Warn (and return the message) when labels come in long runs, as in shards that were filled class by class.
+
+    The training order reads contiguous ranges and shuffles only within a window, so sorted shards give batches of few
+    classes. Looks at up to 16 shards: in shuffled ones two neighbours share their class with probability Σ p².
+    """
+    chosen = np.unique(np.linspace(0, len(index.shard_names) - 1, 16).astype(np.int64))
+    labels = [index._table(int(shard)).labels for shard in chosen]
+    pooled = np.concatenate(labels)
+    pooled = pooled[pooled >= 0]
+    equal = np.concatenate([(part[1:] == part[:-1])[part[1:] >= 0] for part in labels])
+    if len(equal) < 16:
+        return None
+    chance = float(((np.unique(pooled, return_counts=True)[1] / len(pooled)) ** 2).sum())
+    noise = (chance * (1 - chance) / len(equal)) ** 0.5
+    if equal.mean() < (1 + chance) / 2 or equal.mean() < chance + 6 * noise:
+        return None
+    message = (
+        f"the samples of {index.path} are sorted by class ({equal.mean():.0%} of neighbours share their label, "
+        f"{chance:.0%} would by chance), so batches will hold few classes; convert again without --no-shuffle"
+    )
+    warnings.warn(message, stacklevel=2)
+    return message
+
+
+def _fingerprint(shards: Sequence[ShardRecord], class_names: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, list(class_names)]).encode())
+    digest.update("".join(f"\n{s.name} {s.num_bytes} {s.num_samples} {s.sha256}" for s in shards).encode())
+    return digest.hexdigest()
+
+
+def _damaged_index(file: Path, what: str) -> ValueError:
+    return ValueError(f"{file} is damaged: {what}; `scaler index {file.parent}` makes it anew from the shards")
