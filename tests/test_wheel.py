@@ -57,8 +57,5 @@ def test_recipes_are_found_by_their_short_name(installed: Path, tmp_path: Path) 
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    expected = [
-        installed / "scaler",
-        *(installed / f"scaler/configs/{name}/demo.yaml" for name in ("simclr", "dinov2")),
-    ]
-    assert result.stdout.splitlines() == [str(path) for path in expected]
+    recipes = [installed / "scaler/configs" / name / "demo.yaml" for name in ("simclr", "dinov2")]
+    assert result.stdout.splitlines() == [str(path) for path in (installed / "scaler", *recipes)]
