@@ -73,9 +73,7 @@ def build_backbone(
     wanted = {"layer_scale": layer_scale, "registers": registers, "patch_size": patch_size, "mask_token": mask_token}
     refused = [option for option, value in wanted.items() if value]
     if refused:
-        raise ValueError(
-            f"{name} is no plain ViT and has no {', '.join(refused)}; take a vit_* model, or leave that out"
-        )
+        raise ValueError(f"{name} is no plain ViT and has no {', '.join(refused)}; take a vit_* model, or leave it out")
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         overrides = {"img_size": image_size, **overrides}
@@ -88,9 +86,9 @@ class TimmBackbone(Backbone):
     is_vit = False
     patch_size = None
 
-    def __init__(self, model: nn.Module, *, drop_path: float = 0.0) -> None:
+    def __init__(self, model: Any, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.num_features = model.head_hidden_size
         self.drop_path = drop_path
 
@@ -133,7 +131,7 @@ def _packs(name: str) -> bool:
     return model_entrypoint(name).__module__ in ("timm.models.vision_transformer", "timm.models.deit")
 
 
-def _create(name: str, **options: Any) -> nn.Module:
+def _create(name: str, **options: Any) -> Any:
     try:
         return timm.create_model(name, num_classes=0, **options)
     except TypeError as error:

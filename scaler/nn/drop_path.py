@@ -1,7 +1,7 @@
 """Which rows run a residual branch under batch-subset drop path, as a pure function of keys.
 
 As in DINOv2 (arXiv 2304.07193, section 5): instead of zeroing the branch of random rows, the branch runs on a random
-subset of int(rows · (1 − rate)) rows, at least one, and its output is scaled by rows / subset. A subset is drawn in
+subset of int(rows · (1 - rate)) rows, at least one, and its output is scaled by rows / subset. A subset is drawn in
 each *group* of `group_size` consecutive images of the global batch, so that every layout that holds whole groups in a
 micro-batch computes the same.
 """

@@ -6,6 +6,7 @@ Numbers come from torch's default generator: the caller seeds it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +51,7 @@ def init_vit_(vit: PackedViT, *, layer_scale: float | None) -> None:
             nn.init.normal_(token, std=1e-6)
     if vit.mask_token is not None:
         nn.init.zeros_(vit.mask_token)
+    module: Any
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             init_linear_(module)

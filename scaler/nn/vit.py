@@ -14,10 +14,12 @@ Shapes: n crops, t tokens each, T = Σ n·t tokens, d channels, s kept crops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, resample_abs_pos_embed
+from timm.layers.attention import Attention
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -29,7 +31,14 @@ Shapes = list[tuple[int, int]]  # (crops, tokens per crop) of each stretch of th
 class PackedBlock(nn.Module):
     """A timm `Block` (pre-norm attention and feed-forward) on packed tokens; takes over its sub-modules."""
 
-    def __init__(self, block: nn.Module) -> None:
+    norm1: Any
+    attn: Any
+    ls1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
@@ -79,7 +88,7 @@ def kept_tokens(rows: Sequence[Tensor], shapes: Shapes) -> tuple[Tensor, Shapes]
     return torch.cat(tokens), kept
 
 
-def can_pack(model: nn.Module) -> bool:
+def can_pack(model: Any) -> bool:
     """Whether a timm model is a plain pre-norm ViT with class token, which `PackedViT` runs exactly."""
     return (
         type(model) is timm_vit.VisionTransformer
@@ -89,12 +98,22 @@ def can_pack(model: nn.Module) -> bool:
     )
 
 
+class BlockList(nn.ModuleList):
+    """The blocks under timm's parameter names (`blocks.0…`); called, it lists them, as every backbone's `blocks()`."""
+
+    def forward(self) -> list[nn.Module]:
+        """The blocks in order."""
+        return list(self)
+
+
 class PackedViT(Backbone):
     """A timm `VisionTransformer` (made with `dynamic_img_size=True`) that runs packed; takes over its sub-modules."""
 
     is_vit = True
+    patch_size: int
+    blocks: BlockList
 
-    def __init__(self, model: timm_vit.VisionTransformer, *, drop_path: float = 0.0, mask_token: bool = False) -> None:
+    def __init__(self, model: Any, *, drop_path: float = 0.0, mask_token: bool = False) -> None:
         super().__init__()
         if not can_pack(model) or not model.dynamic_img_size:
             raise ValueError(
@@ -156,11 +175,3 @@ class PackedViT(Backbone):
         else:
             x = torch.cat([*prefix, x], dim=1) + positions
         return self.norm_pre(x)
-
-
-class BlockList(nn.ModuleList):
-    """The blocks under timm's parameter names (`blocks.0…`); called, it lists them, as every backbone's `blocks()`."""
-
-    def forward(self) -> list[nn.Module]:
-        """The blocks in order."""
-        return list(self)
