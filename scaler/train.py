@@ -88,7 +88,7 @@ def run(recipe: Recipe) -> str:
     strategy = STRATEGIES[settings.name](
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
-    strategy.prepare(method, lambda groups: build_optimizer(recipe.optim, groups))
+    strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
 
     steps = step_counter(recipe, num_samples=index.num_samples)
     plan = make_plan(recipe, steps=steps, num_samples=index.num_samples, num_micro_batches=accumulation)
@@ -289,8 +289,8 @@ def announce(log: MetricsLog, report: dict[str, Any], *, recipe: Recipe, plan: P
     """Print what was really engaged."""
     log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     log.note(
-        f"{recipe.method.name}: {plan.num_samples} images, global batch {plan.global_batch_size} = {report['ranks']} ranks "
-        f"× {plan.num_micro_batches} micro-batches × {micro}, {plan.total_steps} steps "
+        f"{recipe.method.name}: {plan.num_samples} images, global batch {plan.global_batch_size} = "
+        f"{report['ranks']} ranks × {plan.num_micro_batches} micro-batches × {micro}, {plan.total_steps} steps "
         f"({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs), in {recipe.run.dir}"
     )
     if source is not None:

@@ -70,8 +70,8 @@ class Strategy:
 
     # ------------------------------------------------------------------ set up
 
-    def prepare(self, method: Method, make_optimizer: Callable[[list[dict[str, Any]]], Any]) -> None:
-        """Wrap the method, then build its optimiser over the parameters as they are after wrapping."""
+    def prepare(self, method: Method, make_optimizer: Callable[[], torch.optim.Optimizer]) -> None:
+        """Wrap the method, then make its optimiser: the parameters to optimise are those after wrapping."""
         self.method = method.to(self.device)
         blocks = method.blocks()
         for block in blocks[: self._num_checkpointed(len(blocks))]:
@@ -80,7 +80,7 @@ class Strategy:
             for block in blocks:
                 block.compile()
         self.module = self.wrap(method)
-        self.optimizer = make_optimizer(method.parameter_groups())
+        self.optimizer = make_optimizer()
         self._create_optimizer_state()
         self.verify()
 
