@@ -165,8 +165,8 @@ def _plan(
     sizes = [len(rows) for _, rows, _ in steps]
     all_rows = torch.from_numpy(np.concatenate([rows for _, rows, _ in steps])).to(device, non_blocking=True)
     all_values = torch.from_numpy(np.concatenate([values for _, _, values in steps])).to(device, non_blocking=True)
-    for (operation, _, _), rows_, values_ in zip(steps, all_rows.split(sizes), all_values.split(sizes), strict=True):
-        yield operation, rows_, values_
+    for step, rows_, values_ in zip(steps, all_rows.split(sizes), all_values.split(sizes), strict=True):
+        yield step[0], rows_, values_
 
 
 def _apply_rows(operation: int | str, x: Tensor, rows: Tensor, values: Tensor, parameters: ColorParameters) -> None:

@@ -1,0 +1,220 @@
+"""Global batch norm on 2 and 3 ranks against torch's on the concatenated batch, values, gradients and statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import FrozenBatchNormAct2d
+from torch import Tensor, nn
+
+from scaler.collectives import World
+from scaler.nn.batch_norm import GlobalBatchNorm, convert_batch_norm, frozen_statistics, has_batch_norm
+from tests.distributed.helper import run_distributed
+
+C = 5
+
+
+def model(kind: str) -> nn.Module:
+    """Batch norms between mixing layers, with affine parameters and running statistics away from their defaults."""
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {
+        "1d": nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, C), nn.BatchNorm1d(C)),
+        "1d no affine": nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C, affine=False, momentum=0.3)),
+        "2d": nn.Sequential(nn.Conv2d(C, C, 3), nn.BatchNorm2d(C, eps=1e-3), nn.Tanh(), nn.Conv2d(C, C, 1)),
+        "timm": nn.Sequential(nn.Conv2d(C, C, 3), BatchNormAct2d(C, act_layer=nn.SiLU), nn.Conv2d(C, C, 1)),
+        "timm relu": nn.Sequential(nn.Conv2d(C, C, 3), BatchNormAct2d(C), nn.Conv2d(C, C, 1)),
+        "cumulative": nn.Sequential(nn.BatchNorm1d(C, momentum=None)),
+        "untracked": nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False)),
+    }
+    net = layers[kind]
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=1.0)
+    return net
+
+
+KINDS = ("1d", "1d no affine", "2d", "timm", "timm relu", "cumulative", "untracked")
+
+
+def batches(kind: str, dtype: torch.dtype, shift: float) -> Tensor:
+    """Two batches of 12 whose images differ in scale and mean, so that every rank's statistics differ."""
+    g = torch.Generator().manual_seed(1)
+    shape = (2, 12, C) if kind not in ("2d", "timm", "timm relu") else (2, 12, C, 6, 5)
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    weight = torch.linspace(0.2, 3, 12, dtype=torch.float64).view(1, 12, *[1] * (x.ndim - 2))
+    return (x * weight + weight.sqrt() + shift).to(dtype)
+
+
+def step(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two training passes (statistics move twice), a loss that is a mean over images; outputs and input gradient."""
+    with torch.no_grad():
+        net(x[0])
+    inputs = x[1].clone().requires_grad_()
+    y = net(inputs)
+    target = torch.sin(torch.arange(y[0].numel(), dtype=torch.float64)).view(y[0].shape).to(y.dtype)
+    ((y * target).flatten(1).sum(1) + (y**3).flatten(1).mean(1)).mean().backward()
+    assert inputs.grad is not None
+    return y.detach(), inputs.grad
+
+
+def on_ranks(world: World) -> dict[str, Any]:
+    """All that the distributed tests look at, in one start of the processes."""
+    return {"kinds": _kinds(world), "fp32": _in_fp32(world), "half": _half(world), "frozen": _freeze(world)}
+
+
+def _kinds(world: World) -> list[dict[str, Any]]:
+    results = []
+    for kind in KINDS:
+        net = convert_batch_norm(model(kind).double(), world)
+        assert any(isinstance(m, GlobalBatchNorm) for m in net.modules())
+        size = 12 // world.size
+        x = batches(kind, torch.float64, 0.0)
+        y, grad = step(net, x[:, size * world.rank : size * (world.rank + 1)])
+        for p in net.parameters():
+            assert p.grad is not None
+            world.sum_(p.grad).div_(world.size)  # what DDP does
+        results.append(
+            {
+                "y": y,
+                "grad": grad / world.size,
+                "grads": {n: p.grad for n, p in net.named_parameters()},
+                "buffers": dict(net.named_buffers()),
+                "eval": net.eval()(x[0]),
+            }
+        )
+    return results
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return run_distributed(on_ranks, request.param)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_torch_on_the_concatenated_batch(ranks: list[dict[str, Any]], kind: str) -> None:
+    results = [rank["kinds"][KINDS.index(kind)] for rank in ranks]
+    x = batches(kind, torch.float64, 0.0)
+    net = model(kind).double()
+    y, grad = step(net, x)
+    close = {"atol": 1e-10, "rtol": 1e-10}
+    torch.testing.assert_close(torch.cat([r["y"] for r in results]), y, **close)
+    torch.testing.assert_close(torch.cat([r["grad"] for r in results]), grad, **close)
+    buffers = dict(net.named_buffers())
+    for result in results:
+        torch.testing.assert_close(result["grads"], {n: p.grad for n, p in net.named_parameters()}, **close)
+        assert result["buffers"].keys() == buffers.keys()
+        torch.testing.assert_close(result["buffers"], buffers, **close)
+        if kind != "untracked":
+            torch.testing.assert_close(result["eval"], net.eval()(x[0]), **close)
+
+
+def _in_fp32(world: World) -> Tensor:
+    """fp32 with a mean a thousand times the deviation, where E[x²] − E[x]² would leave few digits."""
+    x = batches("1d", torch.float64, 1000.0)[0]
+    part = x[12 // world.size * world.rank :][: 12 // world.size]
+    layer = GlobalBatchNorm(C, world=world).train()
+    layer(part.float())
+    assert layer.running_var is not None
+    return layer.running_var
+
+
+def test_a_large_mean_costs_no_digits(ranks: list[dict[str, Any]]) -> None:
+    expected = nn.BatchNorm1d(C).double()
+    expected(batches("1d", torch.float64, 1000.0)[0])
+    for rank in ranks:
+        variance = rank["fp32"]
+        torch.testing.assert_close(variance.double(), expected.running_var, rtol=1e-4, atol=0)
+
+
+def _half(world: World) -> tuple[Tensor, Tensor]:
+    x = batches("1d", torch.float32, 0.0)[0].bfloat16()
+    size = 12 // world.size
+    x = x[size * world.rank : size * (world.rank + 1)].requires_grad_()
+    y = GlobalBatchNorm(C, world=world)(x)
+    (y.float() ** 3).sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad is not None
+    return y, x.grad
+
+
+def test_half_precision_keeps_fp32_statistics(ranks: list[dict[str, Any]]) -> None:
+    ys, grads = zip(*[rank["half"] for rank in ranks], strict=True)
+    x = batches("1d", torch.float32, 0.0)[0].bfloat16().float().requires_grad_()
+    y = nn.BatchNorm1d(C)(x)
+    (y**3).sum().backward()
+    torch.testing.assert_close(torch.cat(ys).float(), y.detach(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat(grads).float(), x.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_is_torch_bit_for_bit(kind: str) -> None:
+    net, other = model(kind), convert_batch_norm(copy.deepcopy(model(kind)), World())
+    x = batches(kind, torch.float32, 0.0)
+    for a, b in zip(step(net, x), step(other, x), strict=True):
+        assert torch.equal(a, b)
+    assert net.state_dict().keys() == other.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    if kind != "untracked":
+        assert torch.equal(net.eval()(x[0]), other.eval()(x[0]))
+
+
+def test_conversion_keeps_tensors_and_names() -> None:
+    net = model("timm")
+    before = {n: p.data_ptr() for n, p in [*net.named_parameters(), *net.named_buffers()]}
+    assert convert_batch_norm(net, World()) is net
+    assert {n: p.data_ptr() for n, p in [*net.named_parameters(), *net.named_buffers()]} == before
+    layer = convert_batch_norm(nn.BatchNorm1d(3), World())
+    assert isinstance(layer, GlobalBatchNorm) and has_batch_norm(nn.Sequential(layer))
+    assert not has_batch_norm(nn.Sequential(nn.LayerNorm(3)))
+
+
+def test_a_norm_without_batch_statistics_is_left_alone() -> None:
+    layer = FrozenBatchNormAct2d(3)
+    assert convert_batch_norm(nn.Sequential(layer), World())[0] is layer  # type: ignore[index]
+
+
+def test_unknown_kinds_and_single_values_are_refused() -> None:
+    class Strange(nn.BatchNorm1d):
+        pass
+
+    with pytest.raises(ValueError, match="Strange cannot be made global"):
+        convert_batch_norm(nn.Sequential(Strange(3)), World())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        GlobalBatchNorm(3, world=World())(torch.randn(1, 3))
+
+
+def _freeze(world: World) -> list[Tensor]:
+    net = nn.Sequential(GlobalBatchNorm(C, world=world))
+    x = batches("1d", torch.float32, 0.0)[0][world.rank :: world.size]
+    with frozen_statistics(net):
+        inside = net(x)
+    between = copy.deepcopy(net.state_dict())
+    outside = net(x)
+    assert torch.equal(inside, outside)
+    return [between["0.running_mean"], between["0.num_batches_tracked"], net[0].num_batches_tracked]
+
+
+def test_frozen_statistics_stay(ranks: list[dict[str, Any]]) -> None:
+    for mean, count_inside, count_after in [_freeze(World()), *(rank["frozen"] for rank in ranks)]:
+        assert (mean == 0).all() and count_inside == 0 and count_after == 1
+
+
+def test_without_bias() -> None:
+    layer = GlobalBatchNorm(C, world=World(), bias=False)
+    assert [n for n, _ in layer.named_parameters()] == ["weight"]
+    x = batches("1d", torch.float32, 0.0)[0]
+    torch.testing.assert_close(layer(x), nn.BatchNorm1d(C)(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_gives_what_the_cpu_gives(kind: str) -> None:
+    x = batches(kind, torch.float32, 0.0)
+    on_cpu = step(convert_batch_norm(model(kind), World()), x)
+    on_cuda = step(convert_batch_norm(model(kind), World()).cuda(), x.cuda())
+    for a, b in zip(on_cpu, on_cuda, strict=True):
+        torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=1e-4)
