@@ -1,0 +1,208 @@
+"""What a loader process does: read the samples of one request, decode and cut them, replace what cannot be decoded.
+
+`run_workers` puts that on torch's DataLoader, any number of processes, results in the order of the requests. What a
+user can cause (a missing shard, one that holds no picture) comes back as data and is raised in the main process as a
+plain one-line ValueError; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shards.decode import DecodeError, View, decode_into, draw
+from shards.index import Entry, ShardIndex
+from shards.order import Ints
+from shards.reader import SampleReader
+
+Batch = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One micro-batch of the training stream to be made; the arrays are int64 [m]."""
+
+    ids: Ints
+    epochs: Ints
+    images: Ints  # positions in the stream
+    positions: Ints  # rows of the global batch
+    global_batch_size: int
+    image_number: int  # images before the global batch
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way to the main process: one line for the user, and where it came from."""
+
+    message: str
+    details: str
+
+
+class TrainingBatches(Dataset["Batch | Failure"]):
+    """`Request` → micro-batch, as `ShardLoader` describes it."""
+
+    def __init__(self, index: ShardIndex, *, views: Sequence[View], seed: int, max_pixels: int) -> None:
+        self.index, self.views, self.seed, self.max_pixels = index, list(views), seed, max_pixels
+        self.reader = SampleReader(index)
+
+    def __getitem__(self, request: Request) -> Batch | Failure:
+        size = len(request.ids)
+        views = {v.name: torch.empty((v.count, size, 3, v.size, v.size), dtype=torch.uint8) for v in self.views}
+        draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
+        labels = torch.empty(size, dtype=torch.int64)
+        rejected: list[dict[str, Any]] = []
+        for row, id in enumerate(request.ids.tolist()):
+            out = [views[view.name][:, row] for view in self.views]
+            numbers = [drawn[row] for drawn in draws]
+            try:
+                shown_id, reason = self._decode_or_replace(id, out, numbers)
+                shown = self.index.entry(shown_id)
+                labels[row] = shown.label
+                if reason is not None:
+                    rejected.append(
+                        {
+                            "image": int(request.images[row]),
+                            "epoch": int(request.epochs[row]),
+                            **describe(self.index, id, reason),
+                            "replacement_id": shown_id,
+                            "replacement_key": shown.key,
+                        }
+                    )
+            except ValueError as error:
+                return Failure(str(error), traceback.format_exc())
+        return {
+            "views": views,
+            "ids": torch.from_numpy(request.ids),
+            "epochs": torch.from_numpy(request.epochs),
+            "positions": torch.from_numpy(request.positions),
+            "labels": labels,
+            "rejected": rejected,
+            "global_batch_size": request.global_batch_size,
+            "image_number": request.image_number,
+        }
+
+    def _decode_or_replace(
+        self, id: int, out: Sequence[Tensor], numbers: Sequence[NDArray[np.float64]]
+    ) -> tuple[int, str | None]:
+        """Fill `out` from sample `id`, or from the next decodable one of its shard; (which, why not `id`)."""
+        shard, local = (int(part) for part in self.index.locate(id))
+        size, reason = int(self.index.shard_sizes[shard]), None
+        for k in range(size):
+            candidate = id - local + (local + k) % size
+            try:
+                data = self.reader.read(self.index.entry(candidate))
+                decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels)
+                return candidate, reason
+            except DecodeError as error:
+                reason = reason or str(error)
+        raise ValueError(
+            f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
+            f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
+        )
+
+
+class EvaluationBatches(Dataset["Batch | Failure"]):
+    """Sample ids, int64 [m] with -1 for padding → batch, as `evaluation_batches` describes it."""
+
+    def __init__(self, index: ShardIndex, *, view: View, max_pixels: int) -> None:
+        self.index, self.view, self.max_pixels = index, view, max_pixels
+        self.reader = SampleReader(index)
+
+    def __getitem__(self, ids: Ints) -> Batch | Failure:
+        images = torch.zeros((len(ids), 3, self.view.size, self.view.size), dtype=torch.uint8)
+        labels = torch.full((len(ids),), -1, dtype=torch.int64)
+        weights = torch.zeros(len(ids))
+        rejected = []
+        drawn = [draw(self.view, seed=0, epoch=0, sample_id=0)]
+        for row, id in enumerate(ids.tolist()):
+            if id < 0:
+                continue
+            try:
+                entry = self.index.entry(id)
+                data = self.reader.read(entry)
+                labels[row] = entry.label
+                decode_into([images[row : row + 1]], data, views=[self.view], draws=drawn, max_pixels=self.max_pixels)
+                weights[row] = 1.0
+            except DecodeError as error:
+                rejected.append(describe(self.index, id, str(error)))
+            except ValueError as error:
+                return Failure(str(error), traceback.format_exc())
+        return {
+            "images": images,
+            "ids": torch.from_numpy(ids),
+            "labels": labels,
+            "weights": weights,
+            "rejected": rejected,
+        }
+
+
+def describe(index: ShardIndex, id: int, reason: str) -> dict[str, Any]:
+    """The record of a sample that cannot be decoded: id, key, source, shard (file name) and reason."""
+    entry: Entry = index.entry(id)
+    return {
+        "id": id,
+        "key": entry.key,
+        "source": entry.source,
+        "shard": index.shard_names[entry.shard],
+        "reason": reason,
+    }
+
+
+def run_workers(
+    dataset: Dataset[Batch | Failure],
+    requests: Iterator[Any],
+    *,
+    num_workers: int,
+    prefetch: int,
+    multiprocessing_context: str | None,
+) -> Iterator[Batch]:
+    """`dataset[request]` for every request, in order, made by `num_workers` processes (0: here).
+
+    The processes end when the iterator is exhausted, closed or garbage, and some seconds after this process has died
+    (torch's watchdog in them). Batches are in pinned memory where there is CUDA.
+
+    Raises:
+        ValueError: what a request failed with, in one line (where it came from is in the exception's notes).
+    """
+    loader: DataLoader[Batch | Failure] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,  # consumed in this process
+        num_workers=num_workers,
+        collate_fn=_identity,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker if num_workers else None,
+        prefetch_factor=prefetch if num_workers else None,
+        multiprocessing_context=multiprocessing_context if num_workers else None,
+        generator=torch.Generator(),  # DataLoader draws a seed that nobody uses: not from the global generator
+    )
+    for batch in loader:
+        if isinstance(batch, Failure):
+            error = ValueError(batch.message)
+            error.add_note(batch.details)
+            raise error
+        yield batch
+
+
+def _identity(value: T) -> T:
+    return value
+
+
+def _start_worker(_: int) -> None:
+    """One thread a worker. Signals are the main process's affair: Ctrl-C and Slurm's warning reach the whole group.
+
+    torch has replaced an inherited SIGTERM handler by its own already: a worker dies of SIGTERM.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
