@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -30,6 +32,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Run `features_fn` over all samples of `index`, each exactly once.
 
+    Samples that cannot be decoded are left out, with a warning that says how many and why.
+
     Args:
         features_fn: normalised images, float32 [n, 3, size, size] on `device`, to features [n, d]; put the module in
             evaluation mode first. With several ranks it is called equally often on each.
@@ -38,14 +42,16 @@ def extract_features(
         title: what the progress bar says.
 
     Returns:
-        float32 [N, d] and int64 [N] (-1 where there is no label), on the CPU and the same on every rank.
+        float32 [n, d] and int64 [n] (-1 where there is no label), on the CPU and the same on every rank, for the
+        n samples that decode.
 
     Raises:
-        ValueError: a sample cannot be decoded (from the loader).
+        ValueError: a shard that is missing or cut off (from the loader), or no sample that decodes.
     """
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in normalization)
     features, labels = torch.empty(0), torch.full((index.num_samples,), -1, dtype=torch.int64)
     times = torch.zeros(index.num_samples, dtype=torch.int64)
+    rejected: list[dict[str, Any]] = []
     batches = evaluation_batches(
         index, view=view, batch_size=batch_size, rank=world.rank, world_size=world.size, num_workers=num_workers
     )
@@ -64,6 +70,19 @@ def extract_features(
             real = weights > 0
             features[ids[real]], labels[ids[real]] = out[real], found[real]
             times[ids[real]] += 1
+            rejected += batch["rejected"]
             progress.update(task, advance=int(real.sum()), refresh=True)
+    rejected = sorted((r for part in world.gather_objects(rejected) for r in part), key=lambda record: record["id"])
+    bad = torch.tensor([record["id"] for record in rejected], dtype=torch.int64)
+    times[bad] += 1
     assert (times == 1).all(), f"{int((times != 1).sum())} of {index.num_samples} samples were not read exactly once"
-    return features, labels
+    if rejected:
+        why = f"the first, {rejected[0]['key']}: {rejected[0]['reason']}"
+        if len(bad) == index.num_samples:
+            raise ValueError(f"{index.path}: no sample can be decoded; {why}")
+        if world.rank == 0:
+            count = f"{len(bad)} of {index.num_samples} samples in {index.path}"
+            warnings.warn(f"{count} cannot be decoded and are left out; {why}", stacklevel=2)
+    good = torch.ones(index.num_samples, dtype=torch.bool)
+    good[bad] = False
+    return (features, labels) if good.all() else (features[good], labels[good])
