@@ -36,7 +36,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         RuntimeError: a rank raised or died; the message holds its traceback, the first failure first.
         TimeoutError: the processes did not end within `timeout` seconds.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # torch is imported once per test session, not once per process
+    context.set_forkserver_preload(["tests.tiny"])
     with tempfile.TemporaryDirectory(prefix="distributed-") as name:
         folder = Path(name)
         jobs = pickle.dumps((fn, args))
