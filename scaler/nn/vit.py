@@ -67,10 +67,11 @@ class PackedBlock(nn.Module):
         for part, (n, t) in zip(qkv.split([n * t for n, t in shapes]), shapes, strict=True):
             q, k, v = part.view(n, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
             out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
-            outputs.append(out.transpose(1, 2).reshape(n * t, attn.attn_dim))
+            outputs.append(out.transpose(1, 2).reshape(n * t, attn.num_heads * attn.head_dim))
         out = attn.norm(torch.cat(outputs))
-        if attn.gate is not None:
-            out = out * attn.gate(x).sigmoid()
+        gate = getattr(attn, "gate", None)  # newer than the oldest timm we take
+        if gate is not None:
+            out = out * gate(x).sigmoid()
         return self.ls1(attn.proj(out))
 
     def _feed_forward(self, x: Tensor) -> Tensor:

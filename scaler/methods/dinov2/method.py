@@ -1,0 +1,295 @@
+"""DINOv2 (Oquab et al., arXiv 2304.07193): a student learns from its own moving average.
+
+Of every micro-batch the teacher's bottlenecks are *observed*; *combined* over all micro-batches and ranks they give one
+shift per prototype (Sinkhorn-Knopp, or a moving centre), which turns the teacher's scores into targets; the student
+*learns* from these by the DINO loss (class tokens across crops), iBOT (masked patches) and KoLeo (spread features).
+
+Shapes: m images, L local crops, T masked tokens, d features, b bottleneck, K prototypes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scaler.collectives import World
+from scaler.methods.base import Batch, Hyper, Lerp, Method
+from scaler.methods.dinov2 import augment, loss
+from scaler.methods.dinov2.network import Network, parameter_groups
+from scaler.methods.dinov2.settings import Settings as DINOv2Settings
+from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
+from scaler.nn.dino_head import DINOHead
+from scaler.nn.precision import at_least_fp32, full_precision
+from scaler.schedules import cosine, linear
+
+_TILE_ELEMENTS = 1 << 26  # most prototype scores of one kind in memory at a time (256 MiB in fp32)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The teacher's bottlenecks of a micro-batch, at least fp32: class tokens [2m, b] and masked tokens [T, b]."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """Teacher probabilities in compact form: softmax(scores of the bottlenecks / temperature + shift [K])."""
+
+    observation: Observation
+    cls_shift: Tensor
+    patch_shift: Tensor
+
+
+class DINOv2(Method):
+    """Student, teacher, and the losses between them; see the module's docstring."""
+
+    Settings = DINOv2Settings
+    tile_elements: int = _TILE_ELEMENTS
+
+    def __init__(self, settings: DINOv2Settings, *, image_size: int, world: World) -> None:
+        super().__init__(settings, image_size=image_size, world=world)
+        self.student = Network(settings, image_size=image_size)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        backbone = self.student.backbone
+        if settings.num_local_crops and settings.local_size % backbone.patch_size:
+            raise ValueError(
+                f"method.local_size {settings.local_size} is not a multiple of the patch size {backbone.patch_size};"
+                f" take {settings.local_size // backbone.patch_size * backbone.patch_size or backbone.patch_size}"
+            )
+        self.num_blocks = len(backbone.blocks)
+        self.views = augment.make_views(settings, image_size=image_size)
+        self.colors = augment.make_colors(settings)
+        if settings.centering == "softmax":
+            self.register_buffer("cls_center", torch.zeros(settings.num_prototypes))
+            self.register_buffer("patch_center", torch.zeros(settings.num_prototypes))
+
+    def train(self, mode: bool = True) -> DINOv2:
+        """Training mode for the student; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
+        """See `Method.check_layout`."""
+        size = self.settings.group_size
+        if micro_batch_size % size:
+            raise ValueError(
+                f"a micro-batch of {micro_batch_size} images does not hold whole groups of method.group_size {size}, in"
+                f" which KoLeo and drop path work; take micro-batches that are multiples of {size}, or a group_size"
+                f" that divides {micro_batch_size} (which changes the training)"
+            )
+
+    # ------------------------------------------------------------------ data
+
+    def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
+        """See `Method.augment`.
+
+        Returns:
+            `crops` [2m, 3, S, S] and [L·m, 3, s, s], `keep` rows for drop path or None, `masks` bool [2m, p], `masked`
+            int64 [T], `mask_weights` float32 [T]; all on the device of the views.
+        """
+        mean, std = self.normalization
+        crops = augment.color_crops(batch, self.colors, seed=seed, mean=mean, std=std)
+        masks = augment.mask_tensors(
+            batch["positions"],
+            self.settings,
+            global_batch_size=batch["global_batch_size"],
+            grid=self.student.backbone.grid_size,
+            seed=seed,
+            step=step,
+        )
+        keep = augment.drop_path_rows(
+            batch["positions"], self.settings, num_blocks=self.num_blocks, seed=seed, step=step
+        )
+        device = crops[0].device
+        return {
+            "crops": crops,
+            "keep": None if keep is None else [rows.to(device, non_blocking=True) for rows in keep],
+            **{name: value.to(device, non_blocking=True) for name, value in masks.items()},
+        }
+
+    # ------------------------------------------------------------------ one step
+
+    def observes(self, num_micro_batches: int) -> bool:
+        """Always: the teacher's pass is the observation."""
+        return True
+
+    def observe(self, batch: Batch, hyper: Hyper) -> Observation:
+        """See `Method.observe`: the teacher on the two global crops, unmasked."""
+        out = self.teacher.backbone([batch["crops"][0]])[0]
+        masked = out.patches.flatten(0, 1).index_select(0, batch["masked"])
+        return Observation(
+            cls=self.teacher.dino_head.bottleneck(out.cls), patches=self.teacher.patch_head.bottleneck(masked)
+        )
+
+    def combine(self, observations: list[Observation], hyper: Hyper) -> list[Target]:
+        """See `Method.combine`: one shift per prototype and head, for the whole global batch."""
+        temperature = hyper["teacher_temperature"]
+        cls_shift = self._shift("cls", [o.cls for o in observations], self.teacher.dino_head, temperature)
+        patch_shift = self._shift("patch", [o.patches for o in observations], self.teacher.patch_head, temperature)
+        return [Target(observation, cls_shift, patch_shift) for observation in observations]
+
+    def _shift(self, kind: str, bottlenecks: list[Tensor], head: DINOHead, temperature: float) -> Tensor:
+        if self.settings.centering == "sinkhorn":
+            return sinkhorn_log_scaling(
+                bottlenecks,
+                head.prototypes(),
+                temperature=temperature,
+                world=self.world,
+                tile_elements=self.tile_elements,
+            )
+        # The centre of earlier batches is applied, then moved. Scores are linear in the bottlenecks, so the mean score
+        # of the global batch is the score of the mean bottleneck.
+        center: Tensor = getattr(self, f"{kind}_center")
+        shift = -center / temperature
+        rows = torch.cat(bottlenecks)
+        total = self.world.sum_(torch.cat([rows.sum(dim=0), rows.new_full((1,), float(len(rows)))]))
+        with full_precision(total):
+            mean = F.linear(total[:-1] / total[-1].clamp(min=1.0), head.prototypes())
+        moved = center.lerp(mean.to(center.dtype), 1.0 - self.settings.center_momentum)
+        usable = mean.isfinite().all() & (total[-1] > 0)  # a step that will not be taken must not spoil the centre
+        center.copy_(torch.where(usable, moved, center))
+        return shift
+
+    def learn(self, batch: Batch, target: Target, hyper: Hyper) -> dict[str, Any]:
+        """See `Method.learn`."""
+        s, crops = self.settings, batch["crops"]
+        masks = [batch["masks"]] + [None] * (len(crops) - 1)
+        outputs = self.student.backbone(crops, masks=masks, keep=batch["keep"] if self.training else None)
+        masked = outputs[0].patches.flatten(0, 1).index_select(0, batch["masked"])
+        cls = torch.cat([out.cls for out in outputs])
+        if self.student.ibot_head is None:
+            cls_z, patch_z = self.student.dino_head.bottleneck(torch.cat([cls, masked])).split([len(cls), len(masked)])
+        else:
+            cls_z, patch_z = self.student.dino_head.bottleneck(cls), self.student.ibot_head.bottleneck(masked)
+
+        m = len(crops[0]) // 2
+        dino, entropy, agreement = self._dino(cls_z.view(-1, m, cls_z.shape[-1]), target, hyper)
+        ibot = self._ibot(patch_z, batch["mask_weights"], target, hyper, num_crops=2 * m)
+        groups = at_least_fp32(outputs[0].cls).view(2, -1, s.group_size, outputs[0].cls.shape[-1])
+        koleo = loss.koleo_loss(groups).mean(dim=1).sum()  # mean over groups, sum over the two crops
+        total = s.dino_weight * dino + s.ibot_weight * ibot + s.koleo_weight * koleo
+        metrics = {
+            "loss": total,
+            "loss/dino": dino,
+            "loss/ibot": ibot,
+            "loss/koleo": koleo,
+            "embedding_std": embedding_std(groups),
+            "prototype_entropy": entropy,
+            "agreement": agreement,
+        }
+        return {"loss": total, "metrics": {name: value.detach() for name, value in metrics.items()}}
+
+    def _dino(self, student_z: Tensor, target: Target, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
+        """DINO loss, entropy of the teacher over log K, and agreement, each a mean over images; student [2+L, m, b]."""
+        s = self.settings
+        teacher_z = target.observation.cls.view(2, -1, student_z.shape[-1])
+        student_prototypes, teacher_prototypes = _prototypes(self.student.dino_head, self.teacher.dino_head)
+
+        def tile(student_z: Tensor, teacher_z: Tensor, student_prototypes: Tensor) -> Tensor:
+            teacher = self._probabilities(teacher_z, teacher_prototypes, target.cls_shift, hyper)
+            student = F.linear(student_z, student_prototypes)
+            losses = loss.dino_loss(student[:2], student[2:], teacher, temperature=s.student_temperature)
+            with torch.no_grad():
+                entropy = torch.special.entr(teacher).sum(dim=-1).mean(dim=0) / math.log(s.num_prototypes)
+                agreement = (student[:2].argmax(dim=-1) == teacher.flip(0).argmax(dim=-1)).to(losses.dtype).mean(dim=0)
+            return torch.stack([losses.sum(), entropy.sum(), agreement.sum()])
+
+        m = student_z.shape[1]
+        size = max(1, self.tile_elements // ((len(student_z) + 2) * s.num_prototypes))
+        slices = [slice(i, i + size) for i in range(0, m, size)]
+        arguments = ((student_z[:, rows], teacher_z[:, rows], student_prototypes) for rows in slices)
+        dino, entropy, agreement = (_sum_of_tiles(tile, arguments, num_tiles=len(slices)) / m).unbind()
+        return dino, entropy, agreement
+
+    def _ibot(self, student_z: Tensor, weights: Tensor, target: Target, hyper: Hyper, *, num_crops: int) -> Tensor:
+        """iBOT loss of student bottlenecks [T, b]; T may be 0, and still reaches every parameter."""
+        s = self.settings
+        teacher_z = target.observation.patches
+        student_prototypes, teacher_prototypes = _prototypes(self.student.patch_head, self.teacher.patch_head)
+
+        def tile(student_z: Tensor, teacher_z: Tensor, weights: Tensor, student_prototypes: Tensor) -> Tensor:
+            teacher = self._probabilities(teacher_z, teacher_prototypes, target.patch_shift, hyper)
+            student = F.linear(student_z, student_prototypes)
+            return loss.ibot_loss(
+                student, teacher, weights=weights, num_crops=num_crops, temperature=s.student_temperature
+            )
+
+        size = max(1, self.tile_elements // (2 * s.num_prototypes))
+        slices = [slice(i, i + size) for i in range(0, max(1, len(student_z)), size)]
+        arguments = ((student_z[rows], teacher_z[rows], weights[rows], student_prototypes) for rows in slices)
+        return _sum_of_tiles(tile, arguments, num_tiles=len(slices))
+
+    @torch.no_grad()
+    def _probabilities(self, bottlenecks: Tensor, prototypes: Tensor, shift: Tensor, hyper: Hyper) -> Tensor:
+        """The teacher's probabilities [..., K], in full precision."""
+        with full_precision(bottlenecks):
+            scores = F.linear(bottlenecks, prototypes)
+            return loss.teacher_probabilities(scores, shift=shift, temperature=hyper["teacher_temperature"])
+
+    @torch.no_grad()
+    def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
+        """See `Method.after_step`: the teacher follows the student."""
+        lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - hyper["momentum"])
+
+    # ------------------------------------------------------------------ what the loop asks for
+
+    def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
+        """See `Method.hyper`: `momentum`, `teacher_temperature`, and `last_layer_lr_scale` (0 while frozen)."""
+        s = self.settings
+        return {
+            "momentum": cosine(step, total=steps("total"), start=s.momentum, end=s.momentum_end),
+            "teacher_temperature": linear(
+                step,
+                length=steps(s.teacher_temperature_warmup),
+                start=s.warmup_teacher_temperature,
+                end=s.teacher_temperature,
+            ),
+            "last_layer_lr_scale": 0.0 if step < steps(s.freeze_last_layer) else 1.0,
+        }
+
+    def parameter_groups(self, optim: Any) -> list[dict[str, Any]]:
+        """See `Method.parameter_groups`; layer decay and clip names are those of `network.parameter_groups`."""
+        return parameter_groups(
+            self.student,
+            prefix="student.",
+            layer_decay=optim.layer_decay,
+            patch_embed_lr_scale=optim.patch_embed_lr_scale,
+        )
+
+    def blocks(self) -> list[nn.Module]:
+        """See `Method.blocks`: the student's blocks, then the teacher's."""
+        return self.student.backbone.blocks() + self.teacher.backbone.blocks()
+
+    def features(self, images: Tensor) -> Tensor:
+        """See `Method.features`: the teacher's class token after the final norm."""
+        return self.teacher.backbone.pooled(images)
+
+
+def embedding_std(groups: Tensor) -> Tensor:
+    """Spread of L2-normalised features [..., n, d] inside their groups: 1 when isotropic, 0 when collapsed."""
+    x = F.normalize(groups.detach(), dim=-1)
+    return x.std(dim=-2, unbiased=False).mean() * x.shape[-1] ** 0.5
+
+
+def _prototypes(student: DINOHead, teacher: DINOHead) -> tuple[Tensor, Tensor]:
+    return student.prototypes(), teacher.prototypes()
+
+
+def _sum_of_tiles(tile: Callable[..., Tensor], arguments: Iterator[tuple[Tensor, ...]], *, num_tiles: int) -> Tensor:
+    """Σ tile(*arguments); several tiles are recomputed in the backward pass, so that one at a time is in memory."""
+    if num_tiles == 1:
+        return tile(*next(arguments))
+    return torch.stack([checkpoint(tile, *a, use_reentrant=False, preserve_rng_state=False) for a in arguments]).sum(
+        dim=0
+    )
