@@ -137,7 +137,6 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
         with open_log(tmp_path, start=start, track=Track(tensorboard=True))[0] as log:
             for step in range(start + 1, end + 1):
                 log.log({"step": step, "loss": factor * step, "text": "no number", "missing": None})
-        time.sleep(1.1)  # event files are ordered by the second in their name
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
@@ -197,11 +196,13 @@ def test_plain_lines_are_whole_and_readable_in_a_log_file(tmp_path: Path) -> Non
 
 
 def test_the_time_left_follows_the_speed(tmp_path: Path) -> None:
+    before = time.perf_counter()
     log, out = open_log(tmp_path, start=10, total=10 + 2000)
     time.sleep(0.1)
     log.progress(11, ROW)  # a tenth of a second and a little for one step; 1999 to go
+    elapsed = time.perf_counter() - before
     hours, minutes, seconds = re.search(r"ETA (\d+):(\d\d):(\d\d)", out.getvalue()).groups()  # type: ignore[union-attr]
-    assert 199 <= int(hours) * 3600 + int(minutes) * 60 + int(seconds) < 600
+    assert 199 <= int(hours) * 3600 + int(minutes) * 60 + int(seconds) <= 1999 * elapsed + 1
 
 
 def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path: Path) -> None:
@@ -218,8 +219,8 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_images_and_waiting_per_interval() -> None:
-    meter = Throughput()
     start = time.perf_counter()
+    meter = Throughput()
     with meter.waiting():
         time.sleep(0.06)
     time.sleep(0.04)
