@@ -1,0 +1,282 @@
+"""The command `scaler`: each command is a few lines that call a room of the house.
+
+Exit codes: 0 success, 1 failure, 2 wrong use, 75 a training that a signal stopped after its checkpoint (start it again
+to go on). Errors of the user's making are one line each on stderr that starts with `error:`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Self-supervised training of vision models from WebDataset shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evals = typer.Typer(help="Measure what a checkpoint has learned.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(evals, name="eval")
+
+_SHOWN = 20  # rejected files that are listed without --json
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class WrongUse(ValueError):
+    """The command itself cannot be right; exit code 2."""
+
+
+def main() -> None:
+    """Run the command line; user errors become one line on stderr each."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        for line in _lines(error):
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, WrongUse) else 1)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _lines(error: Exception) -> list[str]:
+    if isinstance(error, OSError) and error.strerror:
+        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
+    return str(error).splitlines() or [type(error).__name__]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"scaler {metadata.version('scaler')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: scaler convert photos/train shards/train --shard-size 256MB")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of images, or of class folders.")],
+    destination: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
+    name: Annotated[str, typer.Option(help="Shards are called NAME-000000.tar, …")] = "shard",
+    shard_size: Annotated[str, typer.Option(help="Bytes of a shard, as 256MB or 1GiB.")] = "256MB",
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which files go into shards.")] = 0,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Or in the order of paths.")] = True,
+    labels: Annotated[
+        bool | None,
+        typer.Option("--labels/--no-labels", help="Folders are classes, or not.", show_default="as it looks"),
+    ] = None,
+    json_member: Annotated[bool, typer.Option("--json-member", help="Add path, width and height as KEY.json.")] = False,
+    decode_check: Annotated[bool, typer.Option("--decode-check", help="Decode every image whole (slow).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder of images as WebDataset shards; interrupted and repeated, it goes on.
+
+    Bytes are kept as they are. Files that are no readable image are listed with the reason, and the exit code is 1.
+    """
+    from shards.convert import convert as convert_folder
+
+    report = convert_folder(
+        source,
+        destination,
+        name=name,
+        shard_size=shard_size,
+        workers=workers,
+        seed=seed,
+        shuffle=shuffle,
+        labels=labels,
+        json_member=json_member,
+        decode_check=decode_check,
+        progress=not as_json,
+    )
+    rejected, ignored = ([list(pair) for pair in pairs] for pairs in (report.rejected, report.ignored))
+    if as_json:
+        print(json.dumps({**vars(report), "rejected": rejected, "ignored": ignored}))
+    else:
+        print(
+            f"{report.num_samples} images of {len(report.class_names)} classes in {report.num_shards} shards "
+            f"({report.num_bytes / 1e6:.1f} MB) in {destination}"
+            + (f"; {report.num_skipped_finished} shards were there already" if report.num_skipped_finished else "")
+            + (f"; {len(ignored)} files that are no images were left out" if ignored else "")
+        )
+        _list_rejected(rejected, "files were rejected")
+    if rejected:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: scaler index shards/laion --workers 8")
+def index(
+    destination: Annotated[Path, typer.Argument(help="Folder that holds the .tar files.")],
+    workers: Workers = None,
+    image_ext: Annotated[
+        list[str] | None,
+        typer.Option(help="Ending of the images; may be given again.", show_default="jpg jpeg png webp"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on."""
+    from shards.index import IMAGE_EXTENSIONS, build_index
+
+    shards = build_index(
+        destination,
+        workers=workers,
+        image_extensions=[ending.removeprefix(".").lower() for ending in image_ext or IMAGE_EXTENSIONS],
+        progress=not as_json,
+    )
+    skipped = [list(pair) for pair in shards.skipped()]
+    if as_json:
+        facts = {"num_samples": shards.num_samples, "num_shards": len(shards.shard_names)}
+        print(json.dumps({**facts, "class_names": shards.class_names, "skipped": skipped}))
+        return
+    print(
+        f"{shards.num_samples} images of {len(shards.class_names)} classes in {len(shards.shard_names)} shards, "
+        f"fingerprint {shards.fingerprint[:12]}"
+    )
+    _list_rejected(skipped, "members were left out")
+
+
+def _list_rejected(pairs: list[list[str]], what: str) -> None:
+    for path, reason in pairs[:_SHOWN]:
+        print(f"{path}: {reason}", file=sys.stderr)
+    if len(pairs) > _SHOWN:
+        print(f"… and {len(pairs) - _SHOWN} more; --json lists them all", file=sys.stderr)
+    if pairs:
+        print(f"{len(pairs)} {what}", file=sys.stderr)
+
+
+@app.command(epilog="Example: scaler train dinov2/demo data.shards=shards/train run.dir=runs/first --processes 2")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a short name such as dinov2/demo.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values, as optim.lr=1e-3.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+) -> None:
+    """Train, or go on training where the run directory's newest checkpoint stands.
+
+    Several processes are started through Accelerate's launcher, with the configuration for the recipe's strategy.
+    """
+    from launch.local import run, train_command
+    from scaler.recipe import load_recipe
+    from shards.index import ShardIndex
+
+    try:
+        checked = load_recipe(recipe, overrides=overrides or [])
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+    ShardIndex.load(checked.data.shards)  # said once here, instead of by every process
+    command = train_command(recipe, overrides or [], processes=processes, strategy=checked.strategy.name)
+    raise typer.Exit(run(command, processes=processes))
+
+
+@app.command(epilog="Example: scaler batch runs/first --step 120 --keys")
+def batch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    step: Annotated[int, typer.Option(min=1, help="Counted from 1, as in metrics.jsonl.")],
+    keys: Annotated[bool, typer.Option("--keys", help="Only the keys, one a line.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the views as the workers cut them to this PNG.")] = None,
+    sheet_rows: Annotated[int, typer.Option(min=1, help="Samples that --sheet draws at most.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """List the samples of any step of a run, in the order of the global batch; nothing is trained for it."""
+    from scaler.batches import contact_sheet, run_batch
+
+    found = run_batch(run_dir, step=step)
+    if sheet is not None:
+        contact_sheet(found, limit=sheet_rows).save(sheet)
+    if as_json:
+        print(json.dumps({"step": step, "first_image": found.first_image, "samples": found.rows()}))
+    elif keys:
+        print("\n".join(found.keys()))
+    elif sheet is not None:
+        print(f"step {step}: {min(sheet_rows, len(found.batch.ids))} of {len(found.batch.ids)} samples in {sheet}")
+    else:
+        print("position\tepoch\tkey\tsource")
+        for row in found.rows():
+            print(row["position"], row["epoch"], row["key"], row["source"], sep="\t")
+
+
+@evals.command(epilog="Example: scaler eval knn runs/first --train shards/train --val shards/val")
+def knn(
+    checkpoint: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint), or one checkpoint.")],
+    train_shards: Annotated[Path, typer.Option("--train", help="Labelled shards that hold the neighbours.")],
+    val_shards: Annotated[Path, typer.Option("--val", help="Labelled shards to classify.")],
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.07,
+    random_init: Annotated[bool, typer.Option("--random-init", help="The recipe's model before training.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
+    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    crop_fraction: Annotated[float, typer.Option(help="Side of the centre crop, of the resized image.")] = 0.875,
+    device: Annotated[str | None, typer.Option(help="As cpu or cuda:1.", show_default="the first GPU, or cpu")] = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of a weighted k-nearest-neighbour vote on the frozen features (of the teacher, where there is one)."""
+    from scaler.evals.checkpoints import load_for_evaluation
+    from shards.index import ShardIndex
+
+    train_index, val_index = ShardIndex.load(train_shards), ShardIndex.load(val_shards)
+    model = load_for_evaluation(checkpoint, device=device, random_init=random_init)
+    scores = model.knn(
+        train_index,
+        val_index,
+        k=k,
+        temperature=temperature,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        crop_fraction=crop_fraction,
+    )
+    facts = {
+        "checkpoint": str(checkpoint),
+        "step": model.step,
+        "k": k,
+        "temperature": temperature,
+        "train_samples": train_index.num_samples,
+        "val_samples": val_index.num_samples,
+    }
+    if as_json:
+        print(json.dumps({**facts, **scores}))
+        return
+    _print_table({**facts, **{name: f"{100 * score:.1f} %" for name, score in scores.items()}})
+
+
+def _print_table(values: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in values.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command(epilog="Example: scaler demo --dir demo")
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for everything that the demo makes.")] = Path("demo"),
+) -> None:
+    """Real images → shards → SimCLR and DINOv2 on two processes, one killed and resumed → kNN and a picture."""
+    from scaler.demo import run_demo
+
+    run_demo(folder)
+
+
+if __name__ == "__main__":
+    main()
