@@ -47,7 +47,7 @@ class Entry:
     label: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """What `index.json` says about one shard."""
 
@@ -82,7 +82,7 @@ class ShardIndex:
         path = Path(path)
         file = path / INDEX_NAME
         try:
-            data = json.loads(file.read_bytes())
+            data = json.loads(file.read_bytes(), object_hook=_parse_record)
         except FileNotFoundError as error:
             what = "is no folder" if not path.is_dir() else f"holds no {INDEX_NAME}"
             raise ValueError(
@@ -99,22 +99,17 @@ class ShardIndex:
             raise ValueError(
                 f"{file} has format {data['format']}, this version reads {FORMAT}; `scaler index {path}` makes it anew"
             )
-        try:
-            rows = [(row["file"], row["bytes"], row["samples"], row["sha256"]) for row in data["shards"]]
-            class_names, fingerprint = data["class_names"], data["fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise _damaged_index(file, f"a field is missing ({error})") from error
-        if not all(
-            isinstance(n, str) and isinstance(b, int) and isinstance(s, int) and isinstance(h, str) and len(h) == 64
-            for n, b, s, h in rows
-        ) or not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
-            raise _damaged_index(file, "a field has the wrong type")
-        index = cls(path, shards=[ShardRecord(*row) for row in rows], class_names=class_names)
-        if index.fingerprint != fingerprint:
+        shards, class_names = data.get("shards"), data.get("class_names")
+        if not isinstance(shards, list) or not all(isinstance(shard, ShardRecord) for shard in shards):
+            raise _damaged_index(file, "its shards are not listed as file, bytes, samples and sha256")
+        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+            raise _damaged_index(file, "its class names are not a list of texts")
+        index = cls(path, shards=shards, class_names=class_names)
+        if index.fingerprint != data.get("fingerprint"):
             raise _damaged_index(file, "its fingerprint does not match what it lists (was it edited, or cut off?)")
         if any("/" in name or not name.endswith(".tar") for name in index.shard_names):
             raise _damaged_index(file, "a shard name is not the name of a .tar file")
-        if not index.num_samples or (index.shard_sizes < 0).any():
+        if not index.num_samples:
             raise _damaged_index(file, "it lists no samples")
         return index
 
@@ -314,9 +309,21 @@ def warn_if_sorted(index: ShardIndex) -> str | None:
     return message
 
 
+def _parse_record(row: dict[str, Any]) -> Any:
+    """A row of the list of shards as soon as it is parsed (200,000 dicts would take 100 MB); others are left."""
+    name, sha256 = row.get("file"), row.get("sha256")
+    counts = row.get("bytes"), row.get("samples")
+    if not (isinstance(name, str) and isinstance(sha256, str) and len(sha256) == 64):
+        return row
+    if not all(isinstance(count, int) and 0 <= count < 1 << 48 for count in counts):
+        return row
+    return ShardRecord(name, row["bytes"], row["samples"], sha256)
+
+
 def _fingerprint(shards: Sequence[ShardRecord], class_names: Sequence[str]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, list(class_names)]).encode())
-    digest.update("".join(f"\n{s.name} {s.num_bytes} {s.num_samples} {s.sha256}" for s in shards).encode())
+    for shard in shards:
+        digest.update(f"\n{shard.name} {shard.num_bytes} {shard.num_samples} {shard.sha256}".encode())
     return digest.hexdigest()
 
 
