@@ -11,7 +11,6 @@ go on), 2 wrong use, 1 failure. RUN/exit.json says the same in words.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from scaler.resume import check_continues
 from scaler.strategies import STRATEGIES
 from scaler.strategies.start import resolve_strategy, start_processes
 from shards.index import ShardIndex
-from shards.loader import ShardLoader
+from shards.loader import ShardLoader, accumulation_steps, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -81,7 +80,7 @@ def run(recipe: Recipe) -> str:
     index = ShardIndex.load(recipe.data.shards)
     order = build_order(recipe, index)
     batch = recipe.data.global_batch_size
-    micro, accumulation = batch_layout(batch, micro_batch_size=settings.micro_batch_size, num_ranks=world.size)
+    micro, accumulation = batch_layout(batch, micro_batch_size=settings.micro_batch_size, world_size=world.size)
 
     method = build_method(recipe, world=world)
     method.check_layout(num_micro_batches=accumulation, micro_batch_size=micro)
@@ -208,34 +207,25 @@ def hyper_at(recipe: Recipe, method: Method, step: int, *, steps: Callable[[str]
         "lr": schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, end=schedule.final_lr),
         "weight_decay": schedules.cosine(step, total=total, start=optim.weight_decay, end=decay_end),
     }
-    return hyper | method.hyper(step, steps)
+    for name, value in method.hyper(step, steps).items():
+        if name.endswith("_lr_scale"):  # a learning rate of its own for some groups, as a multiple of the common one
+            hyper[name.removesuffix("_scale")] = hyper["lr"] * value
+        else:
+            hyper[name] = value
+    return hyper
 
 
 # ---------------------------------------------------------------------- helpers of `run`
 
 
-def batch_layout(global_batch_size: int, *, micro_batch_size: int | None, num_ranks: int) -> tuple[int, int]:
+def batch_layout(global_batch_size: int, *, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
     """(micro-batch, accumulation) such that micro-batch × accumulation × ranks is the global batch.
 
     Raises:
         ValueError: it does not multiply out; names the nearest values that do.
     """
-    if global_batch_size % num_ranks:
-        below, above = (f(global_batch_size / num_ranks) * num_ranks for f in (math.floor, math.ceil))
-        raise ValueError(
-            f"data.global_batch_size {global_batch_size} does not divide by {num_ranks} ranks; nearest that do: "
-            f"{below or above} and {above}"
-        )
-    local = global_batch_size // num_ranks
-    micro = micro_batch_size or local
-    if local % micro:
-        divisors = [d for d in range(1, local + 1) if local % d == 0]
-        nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
-        raise ValueError(
-            f"strategy.micro_batch_size {micro} does not divide the {local} images of a rank "
-            f"({global_batch_size} over {num_ranks} ranks); nearest that do: {' and '.join(map(str, nearest))}"
-        )
-    return micro, local // micro
+    micro = micro_batch_size or max(1, global_batch_size // world_size)
+    return micro, accumulation_steps(global_batch_size, micro_batch_size=micro, world_size=world_size)
 
 
 def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int, num_micro_batches: int) -> Plan:

@@ -21,7 +21,8 @@ from scaler.collectives import World
 def start_processes(*, timeout_minutes: float = 30) -> tuple[World, torch.device]:
     """Join the process group that the launcher's environment describes (one process without a launcher).
 
-    A group of one is real too, so that FSDP2 runs on a single device.
+    A group of one is real too, so that FSDP2 runs on a single device. A process that has joined a group already stays
+    in it.
 
     Returns:
         The world and this process's device.
@@ -41,6 +42,8 @@ def start_processes(*, timeout_minutes: float = 30) -> tuple[World, torch.device
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return World.current(), device
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=_store(size),

@@ -42,7 +42,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         folder = Path(name)
         jobs = pickle.dumps((fn, args))
         processes = [
-            context.Process(target=_child, args=(jobs, rank, world_size, str(folder), timeout), daemon=True)
+            context.Process(target=_child, args=(jobs, rank, world_size, str(folder), timeout))
             for rank in range(world_size)
         ]
         threads = os.environ.get("OMP_NUM_THREADS")

@@ -1,0 +1,105 @@
+"""Recipes: overrides, defaults, and errors that name the key, the rule and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+
+from scaler.recipe import Optim, find_recipe, load_recipe, recipe_schema
+
+DEMO = "simclr/demo"
+
+
+def test_a_short_name_works_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("simclr/demo", "simclr/demo.yaml", "configs/simclr/demo.yaml"):
+        assert find_recipe(name).name == "demo.yaml"
+    recipe = load_recipe("dinov2/demo", overrides=["data.shards=x"])
+    assert recipe.method.name == "dinov2" and recipe.run.dir == "runs/dinov2-demo"
+
+
+def test_overrides_are_yaml_with_proper_floats():
+    recipe = load_recipe(
+        DEMO,
+        overrides=["optim.lr=1e-3", "--optim.clip_norm=null", "schedule.total=20 steps", "run.deterministic=true",
+                   "checkpoint.allow_changes=[optim.lr, data]", "checkpoint.every=30 minutes"],
+    )  # fmt: skip
+    assert recipe.optim.lr == 1e-3 and recipe.optim.clip_norm is None
+    assert recipe.schedule.total == "20 steps" and recipe.run.deterministic is True
+    assert recipe.checkpoint.allow_changes == ("optim.lr", "data") and recipe.checkpoint.every == "30 minutes"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", r"unknown key 'optim\.learning_rate'"),
+        ("optim.weight_decya=1", r"did you mean 'weight_decay'"),
+        ("metod.name=x", r"unknown key 'metod'; did you mean 'method'"),
+        ("method.temprature=1", r"unknown key 'method\.temprature'; did you mean 'temperature'"),
+        ("method.name=simclrr", r"no method 'simclrr'; did you mean 'simclr'"),
+        ("optim.lr=-1", r"optim\.lr: Input should be greater than 0 \(got -1\)"),
+        ("schedule.total=10", r"schedule\.total: '?10'? is no duration"),
+        ("schedule.total=10 steps 2 epochs", "is no duration"),
+        ("strategy.name=zero9", r"strategy\.name.*'ddp'"),
+        ("track.log_every=1 epochs", "counted in steps"),
+        ("optim.lr", "is not key=value"),
+        ("optim.lr.x=1", "is a value, not a section"),
+        ("data.global_batch_size=0", r"global_batch_size: .*greater than 0"),
+        ("optim.lr={1", "is not a YAML value"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(override, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_recipe(DEMO, overrides=[override])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_names(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe 'dinov2/dmeo'.*did you mean 'dinov2/demo'"):
+        load_recipe("dinov2/dmeo")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_recipe(str(broken))
+    broken.write_text("just text")
+    with pytest.raises(ValueError, match="holds no mapping"):
+        load_recipe(str(broken))
+    broken.write_text("method: {name: simclr}")
+    with pytest.raises(ValueError, match="is missing and has no default"):
+        load_recipe(str(broken))
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = load_recipe(DEMO, overrides=["data.shards=x"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    assert load_recipe(str(path)) == recipe
+
+
+def test_every_recipe_of_the_repository_is_valid():
+    folder = find_recipe(DEMO).parent.parent
+    paths = sorted(path for name in ("simclr", "dinov2") for path in (folder / name).glob("*.yaml"))
+    assert len(paths) >= 4
+    for path in paths:
+        recipe = load_recipe(str(path), overrides=["data.shards=x"])
+        assert recipe.method.name == path.parent.name
+        assert path.read_text().startswith("#"), f"{path.name} has no header"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("none", 0.3), ("linear_256", 0.3 * 16), ("sqrt_1024", 0.6), ("sqrt", 0.3 * 64)]
+)
+def test_lr_rules(rule, expected):
+    assert Optim(lr=0.3, lr_rule=rule).scaled_lr(4096) == pytest.approx(expected)
+    # The two published SimCLR rules meet at 4,096 images.
+    assert 0.075 * math.sqrt(4096) == pytest.approx(0.3 * 4096 / 256)
+
+
+def test_the_schema_covers_both_methods():
+    schema = recipe_schema()
+    json.dumps(schema)
+    assert set(schema["properties"]) >= {"method", "data", "optim", "schedule", "strategy", "checkpoint", "track", "run"}
+    assert len(schema["properties"]["method"]["oneOf"]) == 2
