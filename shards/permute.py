@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shards.random import Key, keyed_bits
 
-_ROUNDS = 12
+_ROUNDS = 16
 
 
 def permute_within(index: ArrayLike, size: ArrayLike, *keys: Key) -> NDArray[np.int64]:
@@ -24,7 +24,7 @@ def permute_within(index: ArrayLike, size: ArrayLike, *keys: Key) -> NDArray[np.
 
     The bits of an index, ⌈log2(size)⌉ of them, are cut into a low half of ⌊·/2⌋ and a high half. Round r xors the low
     half (r even) or the high half (r odd) with as many bits of keyed_bits(state ^ (other half + r * 2**32)), where
-    state = keyed_bits(*keys). Twelve rounds are repeated until the result is below `size`.
+    state = keyed_bits(*keys). Sixteen rounds are repeated until the result is below `size`.
     """
     index, size, state = np.broadcast_arrays(
         np.asarray(index, dtype=np.int64), np.asarray(size, dtype=np.int64), keyed_bits(*keys).view(np.int64)
