@@ -4,9 +4,10 @@ Of the 2B global crops of a batch, int(2B · probability) get a mask. The interv
 bins; one ratio is drawn in each, and the crops are dealt the bins, or no mask, by one shuffle of the global batch. All
 numbers are keyed by (seed, step, crop), so a rank draws the masks of its own crops and every layout agrees.
 
-A mask is a union of rectangles (BEiT, arXiv 2106.08254): each has at least 4 patches and at most half of all, an
-aspect ratio log-uniform in 0.3 … 1/0.3, and 10 tries to add new patches without passing the target; a mask may end
-short of it.
+A mask is a union of rectangles (BEiT, arXiv 2106.08254). A rectangle's area is drawn between 4 patches and what is
+missing to the target, at most half of all patches; its aspect ratio is log-uniform in 0.3 … 1/0.3; it gets 10 tries to
+add new patches without passing the target. When none succeeds the mask ends short of the target. (Rounding the sides,
+and a target fewer than 4 patches away, can make a rectangle smaller than 4.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""Sinkhorn-Knopp by one scaling per prototype, against the alternating normalisations written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightly.loss.swav_loss import sinkhorn
+from torch import Tensor
+
+from scaler.collectives import World
+from scaler.methods.dinov2.loss import teacher_probabilities
+from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
+from tests.distributed.helper import run_distributed
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def naive(scores: Tensor, temperature: float, num_iterations: int) -> Tensor:
+    """Alternate equal prototype sums and equal sample sums on the whole matrix [n, K]."""
+    q = torch.exp(scores / temperature)
+    q = q / q.sum()
+    n, k = q.shape
+    for _ in range(num_iterations):
+        q = q / q.sum(dim=0, keepdim=True) / k
+        q = q / q.sum(dim=1, keepdim=True) / n
+    return q * n
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2, 3, 10])
+@pytest.mark.parametrize("seed", range(10))
+def test_equals_alternating_normalisation(seed: int, num_iterations: int) -> None:
+    torch.manual_seed(seed)
+    z, prototypes = unit(37, 8), 1.3 * unit(23, 8)
+    shift = sinkhorn_log_scaling(
+        [z[:10], z[10:10], z[10:]],
+        prototypes,
+        temperature=0.05,
+        world=World(),
+        num_iterations=num_iterations,
+        tile_elements=23 * 4,
+    )
+    actual = teacher_probabilities(z @ prototypes.T, shift=shift, temperature=0.05)
+    torch.testing.assert_close(actual, naive(z @ prototypes.T, 0.05, num_iterations), rtol=1e-10, atol=1e-300)
+
+
+def test_equals_lightly() -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        z, prototypes = unit(64, 16), unit(100, 16)
+        for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):  # entries span many magnitudes
+            scores = (z @ prototypes.T).to(dtype)
+            shift = sinkhorn_log_scaling([z.to(dtype)], prototypes.to(dtype), temperature=0.06, world=World())
+            actual = teacher_probabilities(scores, shift=shift, temperature=0.06)
+            expected = sinkhorn(scores, iterations=3, epsilon=0.06)
+            torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * 1e-2)
+
+
+def test_huge_scores_stay_finite_where_exponentials_overflow() -> None:
+    torch.manual_seed(0)
+    z, prototypes = unit(20, 8).float(), 400 * unit(12, 8).float()
+    assert not torch.exp(z @ prototypes.T / 0.04).isfinite().all()
+    shift = sinkhorn_log_scaling([z], prototypes, temperature=0.04, world=World())
+    actual = teacher_probabilities(z @ prototypes.T, shift=shift, temperature=0.04)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual.sum(dim=1), torch.ones(20))
+
+
+def test_no_samples_anywhere_give_zeros() -> None:
+    shift = sinkhorn_log_scaling([torch.zeros(0, 8)], unit(12, 8).float(), temperature=0.04, world=World())
+    assert torch.equal(shift, torch.zeros(12))
+
+
+def job(world: World, z: Tensor, prototypes: Tensor, cuts: list[int]) -> Tensor:
+    mine = z[cuts[world.rank] : cuts[world.rank + 1]]
+    return sinkhorn_log_scaling([mine[:3], mine[3:]], prototypes, temperature=0.05, world=world, tile_elements=100)
+
+
+def test_ranks_agree_with_one_process_also_when_one_has_no_samples() -> None:
+    torch.manual_seed(0)
+    z, prototypes = unit(29, 8), unit(23, 8)
+    expected = sinkhorn_log_scaling([z], prototypes, temperature=0.05, world=World())
+    results = run_distributed(job, 3, z, prototypes, [0, 11, 11, 29])
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+        assert torch.equal(result, results[0])
