@@ -47,7 +47,9 @@ def main() -> None:
         sys.exit(2 if isinstance(error, WrongUse) else 1)
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -134,7 +136,8 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on."""
-    from shards.index import IMAGE_EXTENSIONS, build_index
+    from shards.folder import IMAGE_EXTENSIONS
+    from shards.index import build_index
 
     shards = build_index(
         destination,
