@@ -98,7 +98,8 @@ def convert(
         raise ValueError(f"name {name!r} may hold letters, digits, '_', '-' and '.', and begins with a letter or digit")
     if shard_size < 1 or max_pixels < 1:
         raise ValueError(f"shard_size ({shard_size}) and max_pixels ({max_pixels}) must be at least 1")
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+    real_destination = Path(os.path.realpath(destination))
+    if Path(os.path.realpath(source)) in (real_destination, *real_destination.parents):
         raise ValueError(f"the destination {destination} lies in the source {source}; choose a folder outside of it")
     folder = scan_folder(source, labels=labels)
     options = {
