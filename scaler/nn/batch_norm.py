@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,7 +31,8 @@ class GlobalBatchNorm(nn.Module):
     """Batch norm of [n, c] or [n, c, …] over dim 0 and the trailing dims of all ranks; parameters as in torch's.
 
     `momentum` is the weight of the new batch in the running statistics (torch's convention; decay 0.9 is 0.1), None a
-    cumulative mean. Running variances are unbiased. `act` follows (timm's BatchNormAct2d).
+    cumulative mean. Running variances are unbiased. A batch counts once, also when activation checkpointing runs the
+    forward again. `act` follows (timm's BatchNormAct2d).
 
     Raises:
         ValueError: in training, a batch with a single value per channel.
@@ -61,6 +62,14 @@ class GlobalBatchNorm(nn.Module):
         self.act: nn.Module | None = None
         self.frozen = False
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weight one, bias zero."""
+        if self.weight is not None:
+            self.weight.fill_(1.0)
+        if self.bias is not None:
+            self.bias.zero_()
+
     @classmethod
     def convert(cls, module: nn.Module, world: World) -> GlobalBatchNorm:
         """The same layer, with the same parameter and buffer tensors, as a global one."""
@@ -82,28 +91,30 @@ class GlobalBatchNorm(nn.Module):
         return y if self.act is None else self.act(y)
 
     def _normalise_by_batch(self, x: Tensor) -> Tensor:
-        tracks = self.training and not self.frozen and self.running_mean is not None
-        momentum = self.momentum
-        if tracks:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        tracks = self.training and not self.frozen
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        momentum = self.momentum or 0.0
+        if not tracks or mean is None or var is None or count is None:
+            mean = var = None
+        elif _in_backward():  # recomputed by checkpointing: the same tensors to save, but the batch has been counted
+            mean, var = mean.clone(), var.clone()
+        else:
+            count.add_(1)
+            momentum = 1.0 / float(count) if self.momentum is None else self.momentum
         if self.world.size == 1:
-            running = (self.running_mean, self.running_var) if tracks else (None, None)
-            return F.batch_norm(x, *running, *self._affine(), training=True, momentum=momentum or 0.0, eps=self.eps)
-        y, mean, var, count = _GlobalNormalise.apply(x, *self._affine(), self.eps, self.world)
-        if tracks:
-            assert self.running_mean is not None and self.running_var is not None and momentum is not None
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+            return F.batch_norm(x, mean, var, *self._affine(), training=True, momentum=momentum, eps=self.eps)
+        y, batch_mean, batch_var, n = _GlobalNormalise.apply(x, *self._affine(), self.eps, self.world)
+        if mean is not None and var is not None:
+            mean.lerp_(batch_mean.to(mean.dtype), momentum)
+            var.lerp_((batch_var * (n / (n - 1))).to(var.dtype), momentum)
         return y
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias; a missing bias beside a weight is zeros, for kernels that take both or none."""
-        if self.weight is not None and self.bias is None:
-            return self.weight, torch.zeros_like(self.weight)
-        return self.weight, self.bias
+        """Weight and bias, fp32 or wider; a missing bias beside a weight is zeros: kernels take both or none."""
+        if self.weight is None:
+            return None, None
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return weight, torch.zeros_like(weight) if self.bias is None else self.bias.to(weight.dtype)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -137,8 +148,7 @@ class _GlobalNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, (var + eps).rsqrt(), count)
         ctx.world, ctx.dims = world, dims
         ctx.mark_non_differentiable(mean, var, count)
-        w, b = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-        y = F.batch_norm(wide, mean, var, w, b, training=False, eps=eps)
+        y = F.batch_norm(wide, mean, var, weight, bias, training=False, eps=eps)
         return y.to(x.dtype), mean, var, count
 
     @staticmethod
@@ -151,15 +161,20 @@ class _GlobalNormalise(torch.autograd.Function):
         grad_bias = g.sum(ctx.dims)
         grad_weight = (g * normalised).sum(ctx.dims)
         sums = ctx.world.sum_(torch.stack([grad_bias, grad_weight])) / count  # new tensor: the local sums stay
-        scale = inverse_std if weight is None else inverse_std * weight.to(mean.dtype)
+        scale = inverse_std if weight is None else inverse_std * weight
         grad_x = g - sums[0].view(shape) - normalised.mul_(sums[1].view(shape))
         return (
             grad_x.mul_(scale.view(shape)).to(x.dtype),
-            None if weight is None else grad_weight.to(weight.dtype),
-            None if bias is None else grad_bias.to(bias.dtype),
+            None if weight is None else grad_weight,
+            None if bias is None else grad_bias,
             None,
             None,
         )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running backward here, so that a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def convert_batch_norm(module: nn.Module, world: World) -> nn.Module:

@@ -59,9 +59,7 @@ class ProjectionHead(nn.Module):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
             elif isinstance(layer, GlobalBatchNorm):
-                nn.init.ones_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                layer.reset_parameters()
         assert_initialised(self)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ _SCORES = 1 << 24  # scores held at a time: 64 MiB in fp32, whatever the batch
 
 
 class NTXent(NamedTuple):
-    """Scalars: `loss`, differentiable; `accuracy`, the share of anchors whose positive scores highest;
-    `embedding_std`, √d times the mean deviation of a normalised embedding's channels: 1 when spread, 0 on collapse.
+    """Scalars: `loss`, differentiable; `accuracy`, the share of anchors whose positive scores highest, ties not
+    counted; `embedding_std`, √d times the mean deviation of a normalised embedding's channels: 1 spread, 0 collapsed.
     """
 
     loss: Tensor
@@ -81,7 +81,7 @@ class _CrossEntropy(torch.autograd.Function):
             own = scores.gather(1, positive[:, None])
             total = scores.logsumexp(dim=1, keepdim=True)
             loss += (total - own).sum()
-            hits += (own.squeeze(1) >= scores.amax(dim=1)).sum()
+            hits += ((scores >= own).sum(dim=1) == 1).sum()
             if grad_z is not None and grad_keys is not None:
                 # d loss / d scores = softmax - one at the positive
                 delta = scores.sub_(total).exp_()

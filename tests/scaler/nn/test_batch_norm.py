@@ -10,6 +10,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
 from scaler.nn.batch_norm import GlobalBatchNorm, convert_batch_norm, frozen_statistics, has_batch_norm
@@ -201,6 +202,27 @@ def _freeze(world: World) -> list[Tensor]:
 def test_frozen_statistics_stay(ranks: list[dict[str, Any]]) -> None:
     for mean, count_inside, count_after in [_freeze(World()), *(rank["frozen"] for rank in ranks)]:
         assert (mean == 0).all() and count_inside == 0 and count_after == 1
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d", "cumulative"])
+def test_checkpointing_counts_a_batch_once(kind: str) -> None:
+    nets = [convert_batch_norm(model(kind), World()) for _ in range(2)]
+    x = batches(kind, torch.float32, 0.0)[0].requires_grad_()
+    nets[0](x).sum().backward()
+    checkpoint(nets[1], x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(dict(nets[1].named_buffers()), dict(nets[0].named_buffers()), rtol=0, atol=0)
+
+
+def test_bfloat16_parameters_as_fsdp2_makes_them() -> None:
+    layer = GlobalBatchNorm(C, world=World(), bias=False)
+    assert layer.weight is not None
+    layer.weight.data = layer.weight.data.bfloat16()
+    x = batches("1d", torch.float32, 0.0)[0].bfloat16()
+    y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == layer.weight.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert layer.running_var is not None and layer.running_var.dtype == torch.float32
+    assert layer.eval()(x).dtype == torch.bfloat16
 
 
 def test_without_bias() -> None:

@@ -100,7 +100,8 @@ def test_metrics() -> None:
     z = torch.eye(4).repeat(2, 1)
     spread = nt_xent(z, temperature=0.1, world=World())
     assert spread.accuracy == 1
-    assert nt_xent(torch.ones(8, 4), temperature=0.1, world=World()).embedding_std < 1e-6
+    collapsed = nt_xent(torch.ones(8, 4), temperature=0.1, world=World())
+    assert collapsed.embedding_std < 1e-6 and collapsed.accuracy == 0
     uniform = nt_xent(random(5000, 16, 0, torch.float32), temperature=0.1, world=World())
     assert uniform.embedding_std.item() == pytest.approx(1.0, abs=0.02)
     swapped = torch.cat([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]])

@@ -1,0 +1,46 @@
+"""The two views of SimCLR (arXiv 2002.05709, appendix A): what the loader cuts, and the colours on top."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scaler.methods.base import Batch
+from scaler.methods.simclr.settings import SimCLRSettings
+from scaler.nn.color import Color, apply_color, sample_color
+from shards.decode import View
+
+VIEWS = ("view_1", "view_2")
+
+
+def make_views(settings: SimCLRSettings, *, image_size: int) -> tuple[View, ...]:
+    """Two random resized crops of the whole image, drawn independently."""
+    return tuple(View(name=name, size=image_size, scale=settings.crop_scale) for name in VIEWS)
+
+
+def make_color(settings: SimCLRSettings, *, image_size: int) -> Color:
+    """Strengths and probabilities of the colour operations, the same for both views."""
+    strength = settings.color_strength
+    kernel = settings.blur_kernel
+    if kernel == "auto":
+        kernel = image_size // 10 // 2 * 2 + 1
+        kernel = kernel if kernel > 1 else 0
+    return Color(
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=0.2 * strength,
+        jitter_p=settings.jitter_probability,
+        grayscale_p=settings.grayscale_probability,
+        blur_p=settings.blur_probability,
+        blur_kernel=kernel,
+    )
+
+
+def color_views(batch: Batch, color: Color, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Loader batch of m images → float32 [2m, 3, size, size]: the first view of all images, then the second."""
+    parts = []
+    for name in VIEWS:
+        parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
+        parts.append(apply_color(batch["views"][name][0], parameters, mean=mean, std=std))
+    return torch.cat(parts)
