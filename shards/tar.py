@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shards.keys import NAME_BYTES, PREFIX_BYTES, split_name
 from shards.offsets import Sample, Skipped
+from shards.storage import printable
 
 BLOCK = 512
 END = bytes(2 * BLOCK)  # two empty blocks end an archive
@@ -69,7 +70,7 @@ def scan_tar(path: Path, *, image_extensions: Sequence[str]) -> tuple[list[Sampl
                     endings[ending] = member
                 extension = next((ending for ending in image_extensions if ending in endings), None)
                 if extension is None:
-                    skipped.append((key, f"no image among its members ({', '.join(endings)})"))
+                    skipped.append((printable(key), f"no image among its members ({', '.join(endings)})"))
                     continue
                 image, label = endings[extension], -1
                 if "cls" in endings:
@@ -90,13 +91,13 @@ def _members(archive: tarfile.TarFile, skipped: list[Skipped]) -> Iterator[tuple
     for member in archive:
         match = _KEY_AND_ENDING.fullmatch(member.name)
         if _SKIPPED.match(member.name):
-            skipped.append((member.name, "a name that webdataset skips"))
+            skipped.append((printable(member.name), "a name that webdataset skips"))
         elif member.isdir():
             continue
         elif match is None:
-            skipped.append((member.name, "no key and ending"))
+            skipped.append((printable(member.name), "no key and ending"))
         elif not member.isreg() or member.issparse():
-            skipped.append((member.name, "a link, a sparse or a special file"))
+            skipped.append((printable(member.name), "a link, a sparse or a special file"))
         else:
             yield match[1], match[2].lower(), member
 
