@@ -1,4 +1,5 @@
-"""The recipe's `method` section of DINOv2; defaults are the published short recipe (ViT-L/16 on ImageNet-1k)."""
+"""The recipe's `method` section of DINOv2; defaults are those of the published short recipe, but for
+Sinkhorn-Knopp in place of softmax centring and the blur of the paper."""
 
 from __future__ import annotations
 
