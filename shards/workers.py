@@ -186,12 +186,19 @@ def run_workers(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         generator=torch.Generator(),  # DataLoader draws a seed that nobody uses: not from the global generator
     )
-    for batch in loader:
-        if isinstance(batch, Failure):
-            error = ValueError(batch.message)
-            error.add_note(batch.details)
-            raise error
-        yield batch
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, Failure):
+                error = ValueError(batch.message)
+                error.add_note(batch.details)
+                raise error
+            yield batch
+    finally:
+        # When a traceback keeps the iterator alive, torch would end the workers at some garbage collection, which by
+        # then cannot reach them and waits five seconds for each.
+        if num_workers:
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _identity(value: T) -> T:
