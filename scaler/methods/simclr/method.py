@@ -224,11 +224,12 @@ def set_small_stem_(backbone: Backbone) -> None:
         ValueError: a model without the stem of timm's ResNets.
     """
     model: Any = backbone.model if isinstance(backbone, TimmBackbone) else None
-    if type(model) is not ResNet:
+    if not isinstance(model, ResNet):
         raise ValueError("method.small_stem is for timm's ResNets; leave it off")
-    stem = nn.Conv2d(3, model.bn1.num_features, kernel_size=3, padding=1, bias=False)
+    stem = nn.Conv2d(3, int(model.bn1.num_features), kernel_size=3, padding=1, bias=False)  # type: ignore[arg-type]
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    model.conv1, model.maxpool = stem, nn.Identity()
+    model.add_module("conv1", stem)
+    model.add_module("maxpool", nn.Identity())
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
