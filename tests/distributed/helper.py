@@ -1,9 +1,9 @@
 """Runs a function on real gloo processes: the one way in which tests use torch.distributed.
 
-    def job(world: World, factor: int) -> Tensor:            # at module level, so that the children can import it
-        return world.sum(torch.tensor(world.rank * factor))
+def job(world: World, factor: int) -> Tensor:            # at module level, so that the children can import it
+    return world.sum(torch.tensor(world.rank * factor))
 
-    results = run_distributed(job, 2, 10)                    # what each rank returned, in rank order
+results = run_distributed(job, 2, 10)                    # what each rank returned, in rank order
 """
 
 from __future__ import annotations

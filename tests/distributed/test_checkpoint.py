@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from scaler.checkpoint import Checkpointer, complete_checkpoints, load_method, load_pieces, read_manifest, verify
 from scaler.collectives import World
 from tests.distributed.helper import run_distributed
+from tests.runs import weights
 from tests.tiny import Tiny, tiny_steps, tiny_strategy
 
 
@@ -37,7 +37,7 @@ def leg(world: World, name: str, folder: str, first: int, optimizer: str) -> lis
         world.barrier()
         if world.rank == 0:
             again = Path(folder, "checkpoints", f"step-{first + 500:08d}")
-            before, after = whole(source), whole(again)
+            before, after = weights(source), weights(again)
             assert before.keys() == after.keys()
             assert all(torch.equal(before[k], after[k]) for k in before)
             shutil.rmtree(again)
@@ -47,19 +47,6 @@ def leg(world: World, name: str, folder: str, first: int, optimizer: str) -> lis
     checkpointer.wait()
     world.barrier()
     return losses
-
-
-def whole(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, put together from their ranges by hand."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    tensors = {}
-    for name, entry in manifest["tensors"].items():
-        parts = []
-        for _, _, file in entry["ranges"]:
-            with safe_open(path / file, framework="pt") as f:
-                parts.append(f.get_tensor(name))
-        tensors[name] = torch.cat(parts).view(entry["shape"])
-    return tensors
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
@@ -74,7 +61,7 @@ def test_a_run_that_moves_between_strategies_and_sizes_follows_one_that_never_mo
     path = complete_checkpoints(tmp_path / "checkpoints")[0]
     assert path.name == "step-00000015" and read_manifest(path)["images"] == 180
     # Names are the module's own, and the teacher is there.
-    saved = whole(path)
+    saved = weights(path)
     for name, tensor in strategy.method.state_dict().items():
         if name != "center":
             torch.testing.assert_close(saved[f"method/{name}"], tensor, rtol=1e-5, atol=1e-6)
@@ -170,7 +157,7 @@ def test_another_architecture_is_refused_by_name(run_dir):
         load_method(run_dir, Smaller())
     same = Tiny()
     assert load_method(run_dir, same)["images"] == 24
-    assert torch.equal(same.state_dict()["teacher.head.bias"], whole(run_dir / "checkpoints" / "step-00000002")[
+    assert torch.equal(same.state_dict()["teacher.head.bias"], weights(run_dir / "checkpoints" / "step-00000002")[
         "method/teacher.head.bias"])  # fmt: skip
 
 
@@ -188,6 +175,7 @@ import sys
 from pathlib import Path
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import World
+from tests.runs import weights
 from tests.tiny import tiny_strategy
 strategy = tiny_strategy("ddp", World())
 checkpointer = Checkpointer(Path(sys.argv[1]), world=World(), keep_last=3)
