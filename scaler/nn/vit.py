@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from scaler.nn.base import Backbone, Features
+from scaler.nn.precision import at_least_fp32, full_precision
 
 Shapes = list[tuple[int, int]]  # (crops, tokens per crop) of each stretch of the packed matrix
 
@@ -165,14 +165,36 @@ class PackedViT(Backbone):
         prefix = [p.expand(n, -1, -1) for p in (self.cls_token, self.reg_token) if p is not None]
         if self.pos_embed is None:
             return self.norm_pre(torch.cat([*prefix, x], dim=1))
-        positions = resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=[height, width],
-            old_size=list(self.grid_size),
-            num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+        num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        positions = resize_positions(
+            self.pos_embed, num_prefix_tokens=num_prefix, old=self.grid_size, new=(height, width)
         )
         if self.no_embed_class:  # the class token's position is part of the token; registers have none
             x = torch.cat([*prefix, x + positions], dim=1)
         else:
             x = torch.cat([*prefix, x], dim=1) + positions
         return self.norm_pre(x)
+
+
+def resize_positions(
+    positions: Tensor, *, num_prefix_tokens: int, old: tuple[int, int], new: tuple[int, int]
+) -> Tensor:
+    """Position embedding [1, prefix + h·w, d] for another grid, by antialiased bicubic interpolation (as timm's).
+
+    Written as two matrix products, since the backward pass of torch's interpolation has no deterministic CUDA kernel.
+    """
+    if old == new:
+        return positions
+    prefix, grid = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
+    with full_precision(positions):
+        grid = at_least_fp32(grid).view(*old, -1)
+        rows, columns = (_resize_matrix(o, n, like=grid) for o, n in zip(old, new, strict=True))
+        grid = torch.einsum("yh,xw,hwd->yxd", rows, columns, grid)
+    return torch.cat([prefix, grid.flatten(0, 1)[None].to(positions.dtype)], dim=1)
+
+
+@torch.no_grad()
+def _resize_matrix(old: int, new: int, *, like: Tensor) -> Tensor:
+    """The matrix [new, old] of a one-dimensional antialiased bicubic resize: what it makes of the unit vectors."""
+    units = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(units, size=(new, old), mode="bicubic", antialias=True)[0, 0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scaler.nn.backbones import build_backbone
-from scaler.nn.vit import PackedViT
+from scaler.nn.vit import PackedViT, resize_positions
 
 MODELS = {
     "plain": ("vit_tiny_patch16_224", {"depth": 3, "embed_dim": 48, "num_heads": 3}, 64),
@@ -72,7 +73,7 @@ def test_one_pass_equals_separate_passes_with_gradients(registers: int) -> None:
         torch.testing.assert_close(alone.patches, out.patches, rtol=1e-10, atol=1e-10)
         (alone.cls.square().sum() + alone.patches.cos().sum()).backward()
     for name, p in vit.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-5, atol=1e-5)  # positions are resized in fp32
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-9, atol=1e-9)
 
 
 def test_the_mask_token_replaces_patches_before_positions_are_added() -> None:
@@ -94,6 +95,15 @@ def test_registers_come_after_the_class_token_and_have_no_position() -> None:
     assert vit.pos_embed.shape == (1, 16, 48) and vit.reg_token.shape == (1, 2, 48)
     tokens = vit.embed(torch.randn(2, 3, 32, 32))
     torch.testing.assert_close(tokens[:, 1:3], vit.reg_token.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("new", [(4, 4), (2, 3), (9, 5), (14, 14), (1, 1)])
+def test_positions_are_resized_as_in_timm(new: tuple[int, int]) -> None:
+    positions = torch.randn(1, 2 + 7 * 6, 5)
+    expected = resample_abs_pos_embed(positions, new_size=list(new), old_size=[7, 6], num_prefix_tokens=2)
+    actual = resize_positions(positions, num_prefix_tokens=2, old=(7, 6), new=new)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert resize_positions(positions, num_prefix_tokens=2, old=(7, 6), new=(7, 6)) is positions
 
 
 def test_masks_without_a_mask_token_are_an_error() -> None:

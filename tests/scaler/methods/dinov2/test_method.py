@@ -60,7 +60,7 @@ def test_micro_batches_give_the_whole_batchs_loss_and_gradients(changes: dict[st
     expected = run_step(tiny_method(**changes).double(), [0, 16])
     for cuts in ([0, 4, 8, 12, 16], [0, 8, 16]):
         actual = run_step(tiny_method(**changes).double(), cuts)
-        assert_equal_steps(actual, expected, tolerance=1e-6)
+        assert_equal_steps(actual, expected, tolerance=1e-9)
 
 
 def rank_step(world: World, changes: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def test_ranks_give_the_whole_batchs_loss_and_gradients(centering: str) -> None:
     changes = {"centering": centering}
     expected = run_step(tiny_method(**changes).double(), [0, 16])
     for actual in run_distributed(rank_step, 2, changes):
-        assert_equal_steps(actual, expected, tolerance=1e-6)
+        assert_equal_steps(actual, expected, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
