@@ -34,7 +34,7 @@ from scaler.rejections import Rejections
 from scaler.resume import check_continues
 from scaler.strategies import STRATEGIES
 from scaler.strategies.start import resolve_strategy, start_processes
-from shards.index import ShardIndex
+from shards.index import ShardIndex, sorted_by_class
 from shards.loader import ShardLoader, accumulation_steps, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 
@@ -139,7 +139,17 @@ def run(recipe: Recipe) -> str:
     )
     rejections.load(run_dir / "rejected.jsonl")
     try:
-        announce(log, strategy.report(), recipe=recipe, plan=plan, micro=micro, source=source, progress=progress)
+        announce(
+            log,
+            strategy.report(),
+            recipe=recipe,
+            index=index,
+            order=order,
+            plan=plan,
+            micro=micro,
+            source=source,
+            progress=progress,
+        )
         reason = train(
             plan=plan,
             progress=progress,
@@ -274,8 +284,18 @@ def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySett
     return values
 
 
-def announce(log: MetricsLog, report: dict[str, Any], *, recipe: Recipe, plan: Plan, micro: int, source: Path | None,
-             progress: Progress) -> None:  # fmt: skip
+def announce(
+    log: MetricsLog,
+    report: dict[str, Any],
+    *,
+    recipe: Recipe,
+    index: ShardIndex,
+    order: SampleOrder,
+    plan: Plan,
+    micro: int,
+    source: Path | None,
+    progress: Progress,
+) -> None:
     """Print what was really engaged."""
     log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     log.note(
@@ -283,6 +303,10 @@ def announce(log: MetricsLog, report: dict[str, Any], *, recipe: Recipe, plan: P
         f"{report['ranks']} ranks × {plan.num_micro_batches} micro-batches × {micro}, {plan.total_steps} steps "
         f"({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs), in {recipe.run.dir}"
     )
+    gib = working_set_bytes(index, order) / 2**30
+    log.note(f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)")
+    if (advice := sorted_by_class(index)) is not None:
+        log.note(f"warning: {advice}")
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
 

@@ -257,7 +257,8 @@ def build_index(
         folder, shards=[record for record, _ in shards], class_names=_class_names(folder, num_classes=num_classes)
     )
     index.save()
-    warn_if_sorted(index)
+    if (advice := sorted_by_class(index)) is not None:
+        warnings.warn(advice, stacklevel=2)
     return index
 
 
@@ -297,12 +298,12 @@ def _class_names(folder: Path, *, num_classes: int) -> list[str]:
     return [str(number) for number in range(num_classes)]
 
 
-def warn_if_sorted(index: ShardIndex) -> str | None:
-    """Warn (and return the message) when labels come in long runs, as in shards that were filled class by class.
+def sorted_by_class(index: ShardIndex) -> str | None:
+    """A sentence for the user when labels come in long runs, as in shards that were filled class by class.
 
     The training order reads contiguous ranges and shuffles only within a window, so sorted shards give batches of few
     classes. Counts, in up to 16 shards, how often the label changes from one sample to the next: with probability
-    1 - Σ p² in shuffled shards. Less than half of that, by more than chance can do (3.5 sigma), is a warning.
+    1 - Σ p² in shuffled shards. Less than half of that, by more than chance can do (3.5 sigma), is told.
     """
     chosen = np.unique(np.linspace(0, len(index.shard_names) - 1, 16).astype(np.int64))
     labels = [part[part >= 0] for part in (index._table(int(shard)).labels for shard in chosen)]
@@ -311,12 +312,10 @@ def warn_if_sorted(index: ShardIndex) -> str | None:
     changes = sum(int((part[1:] != part[:-1]).sum()) for part in labels)
     if changes >= min(expected / 2, expected - 3.5 * (2 * expected) ** 0.5):
         return None
-    message = (
+    return (
         f"the samples of {index.path} are sorted by class (the label changes {changes} times where {expected:.0f} are "
         "expected), so batches will hold few classes; convert again without --no-shuffle"
     )
-    warnings.warn(message, stacklevel=2)
-    return message
 
 
 def _parse_record(row: dict[str, Any]) -> Any:
