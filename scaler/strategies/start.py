@@ -61,6 +61,8 @@ def _store(size: int) -> dist.Store:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun or accelerate")
+    if int(os.environ["MASTER_PORT"]) == 0:
+        raise ValueError("MASTER_PORT is 0, at which nobody can meet; give torchrun --standalone or a --master-port")
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],

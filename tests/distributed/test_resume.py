@@ -43,7 +43,7 @@ def recipe_for(folder: Path, name: str, method: str, shards: Path) -> Path:
 
 
 def command(recipe: Path, *, ranks: int, strategy: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "scaler.train", str(recipe), f"strategy.name={strategy}"]
 
 

@@ -1,0 +1,206 @@
+"""The entry point: what a run leaves, and one-line errors for everything that does not fit together."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaler.checkpoint import complete_checkpoints
+from scaler.collectives import World
+from scaler.recipe import load_recipe
+from scaler.train import batch_layout, build_method, hyper_at, main, step_counter
+from tests.runs import METHODS, make_shards, rows, weights, write_recipe
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> Path:
+    """A recipe whose run of 4 steps is done."""
+    recipe = write_recipe(tmp_path_factory.mktemp("run") / "run.yaml", "simclr", shards=shards)
+    assert main([str(recipe), "schedule.total=4 steps", "data.global_batch_size=24"]) == 0
+    return recipe
+
+
+def fails(capfd, arguments: list[str], *, code: int = 1) -> str:
+    """The error line of a failing start."""
+    capfd.readouterr()
+    assert main(arguments) == code
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+def test_a_run_directory_holds_what_it_should(finished, shards):
+    run_dir = finished.with_suffix("")
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    assert Path(recipe["data"]["shards"]).is_absolute() and recipe["strategy"]["name"] == "ddp"
+    assert recipe["optim"]["betas"] == [0.9, 0.999] and recipe["schedule"]["total"] == "4 steps"
+    assert load_recipe(str(run_dir / "recipe.yaml")).data.global_batch_size == 24
+    table = rows(run_dir)
+    assert [row["step"] for row in table] == [1, 2, 3, 4] and [row["images"] for row in table] == [24, 48, 72, 96]
+    wanted = {
+        "epoch",
+        "loss",
+        "loss/ntxent",
+        "lr",
+        "weight_decay",
+        "grad_norm",
+        "rejected",
+        "accuracy",
+        "embedding_std",
+    }
+    assert wanted <= table[0].keys()
+    assert json.loads((run_dir / "exit.json").read_text()) == {
+        "reason": "done",
+        "requeue": False,
+        "step": 4,
+        "images": 96,
+    }
+    assert (run_dir / "rejected.jsonl").read_bytes() == b""
+    assert [p.name for p in complete_checkpoints(run_dir / "checkpoints")] == ["step-00000004"]
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished):
+    run_dir = finished.with_suffix("")
+    before = (run_dir / "metrics.jsonl").read_bytes(), weights(run_dir / "checkpoints" / "step-00000004")
+    assert main([str(finished), "schedule.total=4 steps", "data.global_batch_size=24"]) == 0
+    assert (run_dir / "metrics.jsonl").read_bytes() == before[0]
+    assert all(v.equal(before[1][k]) for k, v in weights(run_dir / "checkpoints" / "step-00000004").items())
+
+
+def test_stop_after_is_a_pause_of_the_whole_run(shards, tmp_path):
+    whole = write_recipe(tmp_path / "whole.yaml", "dinov2", shards=shards)
+    parts = write_recipe(tmp_path / "parts.yaml", "dinov2", shards=shards)
+    short = ["schedule.total=6 steps", "data.global_batch_size=24"]
+    assert main([str(whole), *short]) == 0
+    for stop in ("2 steps", "100 images", "6 steps"):
+        assert main([str(parts), *short, f"run.stop_after={stop}"]) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert json.loads((tmp_path / "parts" / "exit.json").read_text())["reason"] == "done"
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_initial_weights_depend_on_the_seed_alone(shards, tmp_path, method):
+    path = str(write_recipe(tmp_path / "run.yaml", method, shards=shards))
+    states = [
+        build_method(load_recipe(path, overrides=[f"run.seed={seed}"]), world=World()).state_dict()
+        for seed in (3, 3, 4)
+    ]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert any(not states[0][name].equal(states[2][name]) for name in states[0])
+
+
+def test_hyper_values_of_vitl_by_hand():
+    """ViT-L/16, batch 2,048, "epochs" of 1,250 steps as published; our epochs are of the real data set."""
+    recipe = load_recipe("dinov2/vitl16_in1k", overrides=["data.shards=x"])
+    method = type(build_method(load_recipe("dinov2/demo", overrides=["data.shards=x"]), world=World()))
+    steps = step_counter(recipe, num_samples=1_281_167)
+    stub = method.__new__(method)
+    object.__setattr__(stub, "settings", recipe.method)
+    at = {step: hyper_at(recipe, stub, step, steps=steps) for step in (0, 12_499, 68_750, 125_000)}
+    assert steps("total") == 125_000
+    assert at[0]["lr"] == 0.0 and at[0]["last_layer_lr"] == 0.0
+    assert at[12_499]["lr"] == pytest.approx(0.004 * 2**0.5) == at[12_499]["last_layer_lr"]
+    assert at[68_750]["lr"] == pytest.approx((0.004 * 2**0.5 + 1e-6) / 2)
+    assert at[125_000]["lr"] == pytest.approx(1e-6)
+    assert at[0]["weight_decay"] == pytest.approx(0.04) and at[125_000]["weight_decay"] == pytest.approx(0.4)
+    assert at[0]["momentum"] == pytest.approx(0.992) and at[125_000]["momentum"] == 1.0
+    assert at[0]["teacher_temperature"] == 0.04 and at[68_750]["teacher_temperature"] == 0.07
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "expected"), [(96, None, 3, (32, 1)), (96, 8, 3, (8, 4)), (7, None, 1, (7, 1))]
+)
+def test_batches_multiply_out(batch, micro, ranks, expected):
+    assert batch_layout(batch, micro_batch_size=micro, world_size=ranks) == expected
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(96, 7, 1), (100, None, 3), (2, None, 3), (96, 40, 2)])
+def test_batches_that_do_not_are_refused_with_the_nearest_choice(batch, micro, ranks):
+    with pytest.raises(ValueError, match="nearest valid choices") as error:
+        batch_layout(batch, micro_batch_size=micro, world_size=ranks)
+    assert str(batch) in str(error.value)
+
+
+def test_wrong_use(capfd, finished):
+    assert "did you mean 'global_batch_size'" in fails(capfd, [str(finished), "data.global_batch=3"], code=2)
+    assert "no recipe" in fails(capfd, ["simclr/nothing_like_it"], code=2)
+    assert main([]) == 2
+
+
+def test_data_that_do_not_fit(capfd, finished, shards, tmp_path):
+    new = f"run.dir={tmp_path / 'new'}"
+    assert "index.json" in fails(capfd, [str(finished), new, f"data.shards={tmp_path / 'nowhere'}"])
+    assert "nearest valid choices" in fails(capfd, [str(finished), new, "strategy.micro_batch_size=7"])
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in shards.iterdir():
+        (cut / path.name).write_bytes(path.read_bytes())
+    for path in cut.glob("*.tar"):
+        os.truncate(path, path.stat().st_size // 2)
+    error = fails(capfd, [str(finished), new, f"data.shards={cut}"])
+    assert ".tar" in error and "bytes" in error
+    for path in cut.glob("*.tar"):
+        path.unlink()
+    assert ".tar" in fails(capfd, [str(finished), new, f"data.shards={cut}", "data.num_workers=2"])
+
+
+def test_a_run_is_not_continued_with_other_data_or_another_recipe(capfd, finished, tmp_path):
+    same = [str(finished), "data.global_batch_size=24"]
+    error = fails(capfd, [*same, "schedule.total=4 steps", "optim.lr=2e-3"])
+    assert "optim.lr: 0.001 → 0.002" in error and "checkpoint.allow_changes=[optim.lr]" in error
+    assert "checkpoint.resume is never" in fails(capfd, [*same, "schedule.total=4 steps", "checkpoint.resume=never"])
+    (tmp_path / "other").mkdir()
+    from shards.convert import convert
+    from tests.images import make_image_folder
+
+    make_image_folder(tmp_path / "images", num_images=40, classes=2, size=32, seed=5)
+    convert(tmp_path / "images", tmp_path / "other", workers=1)
+    error = fails(capfd, [*same, "schedule.total=4 steps", f"data.shards={tmp_path / 'other'}"])
+    assert "other data" in error and "checkpoint.allow_changes=[data]" in error
+
+
+def test_allowed_changes_and_a_start_from_another_run(capfd, finished, tmp_path):
+    common = [str(finished), "data.global_batch_size=24", f"run.dir={tmp_path / 'next'}",
+              f"checkpoint.resume={finished.with_suffix('')}"]  # fmt: skip
+    allow = "checkpoint.allow_changes=[schedule.total]"
+    assert main([*common, "schedule.total=6 steps", allow]) == 0
+    assert [row["step"] for row in rows(tmp_path / "next")] == [5, 6]
+    wider = [*common[:2], f"run.dir={tmp_path / 'wider'}", common[3], "schedule.total=4 steps", "method.embed_dim=48",
+             "checkpoint.allow_changes=[method.embed_dim]"]  # fmt: skip
+    assert "another architecture" in fails(capfd, wider)
+
+
+def test_samples_that_cannot_be_decoded_are_replaced_counted_and_limited(capfd, tmp_path):
+    from shards.convert import convert
+    from tests.images import make_image_folder
+
+    paths = make_image_folder(tmp_path / "images", num_images=120, classes=2, size=32, format="jpeg", seed=5)
+    for path in paths[:3]:
+        path.write_bytes(path.read_bytes()[:300])  # the header stays whole, so conversion takes them
+    convert(tmp_path / "images", tmp_path / "shards", workers=1)
+    recipe = write_recipe(tmp_path / "run.yaml", "simclr", shards=tmp_path / "shards")
+    arguments = [str(recipe), "data.global_batch_size=24", "schedule.total=10 steps"]
+    assert main([*arguments, "run.stop_after=7 steps"]) == 0
+    assert main(arguments) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert len(records) == 6 == rows(tmp_path / "run")[-1]["rejected"]  # 240 images are two epochs
+    assert len({r["id"] for r in records}) == 3 and all(r["id"] != r["replacement_id"] for r in records)
+    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
+
+    for path in paths[:20]:
+        path.write_bytes(path.read_bytes()[:300])
+    convert(tmp_path / "images", tmp_path / "worse", workers=1)
+    error = fails(
+        capfd, [str(recipe), *arguments[1:], f"data.shards={tmp_path / 'worse'}", f"run.dir={tmp_path / 'w'}"]
+    )
+    assert "could not be decoded, above the limit of 10" in error and "rejected.jsonl" in error
