@@ -131,9 +131,10 @@ def train(
 
             if progress.step % plan.log_every == 0 or progress.step == plan.stop_step:
                 row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}
-                row |= mean_metrics(metrics, world)
+                means, pending = reduce_metrics(metrics, rejections.pending, world)
+                row |= means
                 row |= {**hyper, "grad_norm": result.grad_norm, **strategy.loss_scale.report()}
-                row |= {**meter.read(), "memory_gib": memory_gib(device), "rejected": rejections.count}
+                row |= {**meter.read(), "memory_gib": memory_gib(device), "rejected": rejections.count + pending}
                 log.log(row)
                 log.progress(progress.step, row)
             else:
@@ -168,10 +169,11 @@ def reseed(seed: int, step: int, rank: int, micro_batch: int) -> None:
     torch.manual_seed(int(keyed_bits("torch", seed, step, rank, micro_batch)))
 
 
-def mean_metrics(metrics: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """Means over micro-batches and ranks of what `learn` returned, as floats; one collective."""
-    values = torch.stack([torch.stack([m[name].float() for name in metrics[0]]) for m in metrics]).mean(dim=0)
-    return dict(zip(metrics[0], (world.sum_(values) / world.size).tolist(), strict=True))
+def reduce_metrics(metrics: list[dict[str, torch.Tensor]], count: int, world: World) -> tuple[dict[str, float], int]:
+    """Means over micro-batches and ranks of what `learn` returned, and the sum of `count`; one collective."""
+    values = torch.stack([torch.stack([m[name].double() for name in metrics[0]]) for m in metrics]).mean(dim=0)
+    totals = world.sum_(torch.cat([values, values.new_tensor([count])])).tolist()
+    return dict(zip(metrics[0], (total / world.size for total in totals[:-1]), strict=True)), int(totals[-1])
 
 
 class StopSignals:

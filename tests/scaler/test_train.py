@@ -139,7 +139,9 @@ def test_wrong_use(capfd, finished):
 
 def test_data_that_do_not_fit(capfd, finished, shards, tmp_path):
     new = f"run.dir={tmp_path / 'new'}"
-    assert "index.json" in fails(capfd, [str(finished), new, f"data.shards={tmp_path / 'nowhere'}"])
+    assert "make shards with `scaler convert" in fails(
+        capfd, [str(finished), new, f"data.shards={tmp_path / 'nowhere'}"]
+    )
     assert "nearest valid choices" in fails(capfd, [str(finished), new, "strategy.micro_batch_size=7"])
     cut = tmp_path / "cut"
     cut.mkdir()
