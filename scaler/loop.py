@@ -129,7 +129,7 @@ def train(
                 raise ValueError(f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): lower "
                                  "optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16")  # fmt: skip
 
-            if progress.step % plan.log_every == 0 or progress.step == plan.stop_step:
+            if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
                 row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}
                 means, pending = reduce_metrics(metrics, rejections.pending, world)
                 row |= means
