@@ -309,8 +309,8 @@ def _check_names(path: Path, pieces: dict[str, Piece], tensors: dict[str, Any]) 
                              "model: it is of another architecture, method or optimiser")  # fmt: skip
     for name, shape in wanted.items():
         if saved[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {saved[name]} and this recipe's model {shape}: it is of another "
-                             "architecture")  # fmt: skip
+            raise ValueError(f"{path}: {name} has shape {saved[name]} and this recipe's model {shape}: it is of "
+                             "another architecture")  # fmt: skip
 
 
 def _share(piece: Piece, world: World) -> tuple[Tensor, int]:

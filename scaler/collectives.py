@@ -29,7 +29,7 @@ class World:
         return cls(rank=dist.get_rank(), size=dist.get_world_size())
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate equal-shaped `x` of all ranks along dim 0 in rank order; differentiable (backward: sum, slice)."""
+        """Concatenate equal-shaped `x` of all ranks along dim 0 in rank order; differentiable."""
         return x if self.size == 1 else _AllGather.apply(x, self)
 
     def sum(self, x: Tensor) -> Tensor:

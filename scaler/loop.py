@@ -126,8 +126,8 @@ def train(
                 log.note(f"step {step + 1}: the gradient is not finite; the step was not taken "
                          f"(its samples: scaler batch RUN --step {step + 1})")  # fmt: skip
             if nonfinite == plan.max_nonfinite:
-                raise ValueError(f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): lower "
-                                 "optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16")  # fmt: skip
+                raise ValueError(f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): "
+                                 "lower optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16")  # fmt: skip
 
             if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
                 row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}

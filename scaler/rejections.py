@@ -55,6 +55,6 @@ class Rejections:
             worst = found[-1][1]
             raise ValueError(
                 f"{len(self._ids)} distinct samples could not be decoded, above the limit of {self._limit} "
-                f"(data.max_bad_fraction of the data set, never under 10); the last: {worst['key']}: {worst['reason']}; "
-                "all are in rejected.jsonl: repair the shards or raise data.max_bad_fraction"
+                f"(data.max_bad_fraction of the data set, never under 10); the last: {worst['key']}: {worst['reason']};"
+                " all are in rejected.jsonl: repair the shards or raise data.max_bad_fraction"
             )

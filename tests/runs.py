@@ -19,16 +19,26 @@ from tests.images import make_image_folder
 NUM_IMAGES = 1009  # a prime: it divides by no batch, rank count or lane count
 BATCH = 96  # 10.5 steps an epoch, so that 20 steps cross a border inside a batch
 
+_VIT = {"backbone": "vit_tiny_patch16_224", "patch_size": 8, "depth": 2, "embed_dim": 36, "num_heads": 3}
+
 METHODS: dict[str, dict[str, Any]] = {
     "dinov2": {
-        "name": "dinov2", "backbone": "vit_tiny_patch16_224", "patch_size": 8, "depth": 2, "embed_dim": 36, "num_heads": 3,
-        "group_size": 4, "num_local_crops": 2, "local_size": 16, "num_prototypes": 61, "head_hidden": 48,
-        "head_bottleneck": 24, "drop_path": 0.3, "teacher_temperature_warmup": "5 steps", "freeze_last_layer": "3 steps",
-        "registers": 2, "separate_heads": True,
+        "name": "dinov2",
+        **_VIT,
+        "registers": 2,
+        "drop_path": 0.3,
+        "group_size": 4,
+        "num_local_crops": 2,
+        "local_size": 16,
+        "num_prototypes": 61,
+        "head_hidden": 48,
+        "head_bottleneck": 24,
+        "separate_heads": True,
+        "teacher_temperature_warmup": "5 steps",
+        "freeze_last_layer": "3 steps",
     },
-    "simclr": {"name": "simclr", "backbone": "vit_tiny_patch16_224", "patch_size": 8, "depth": 2, "embed_dim": 36,
-               "num_heads": 3},
-}  # fmt: skip
+    "simclr": {"name": "simclr", **_VIT, "drop_path": 0.3, "group_size": 4},
+}
 
 
 def make_shards(folder: Path) -> Path:

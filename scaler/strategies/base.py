@@ -75,7 +75,7 @@ class Strategy:
         self.method = method.to(self.device)
         blocks = method.blocks()
         for block in blocks[: self._num_checkpointed(len(blocks))]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if self.settings.compile:
             for block in blocks:
                 block.compile()

@@ -54,24 +54,24 @@ def start_processes(*, timeout_minutes: float = 30) -> tuple[World, torch.device
     return World(rank=rank, size=size), device
 
 
-def _store(size: int) -> dist.Store:
+def _store(size: int) -> Any:
     """The rendezvous store; a restarted group gets its own namespace, since gloo addresses of the dead stay behind."""
     if size == 1:
-        return dist.HashStore()
+        return dist.HashStore()  # type: ignore[attr-defined]
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {size} but {', '.join(missing)} is not set; start with torchrun or accelerate")
     if int(os.environ["MASTER_PORT"]) == 0:
         raise ValueError("MASTER_PORT is 0, at which nobody can meet; give torchrun --standalone or a --master-port")
     agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size=None if agent_store else size,
         is_master=not agent_store and os.environ["RANK"] == "0",
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
 
 
 def resolve_strategy(settings: Any) -> Any:

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run_dir, da
 def test_when_all_are_damaged_nothing_starts_from_scratch_in_silence(run_dir):
     for path in complete_checkpoints(run_dir / "checkpoints"):
         os.truncate(path / "rank-00000.safetensors", 10)
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         Checkpointer(run_dir, world=World(), keep_last=5).find()
 
 
@@ -153,7 +153,7 @@ def test_another_architecture_is_refused_by_name(run_dir):
         load_method(run_dir, Wider())
     with pytest.raises(ValueError, match=r"student.head.weight has shape \(7, 41\) .* \(8, 41\).*another architecture"):
         load_method(run_dir, Other())
-    with pytest.raises(ValueError, match="teacher.*another architecture"):
+    with pytest.raises(ValueError, match=r"teacher.*another architecture"):
         load_method(run_dir, Smaller())
     same = Tiny()
     assert load_method(run_dir, same)["images"] == 24
