@@ -100,8 +100,10 @@ class Checkpointer:
             error, self._error = self._error, None
             left = complete_checkpoints(self.folder)
             last = f"the run resumes from {left[0].name}" if left else "there is no complete checkpoint yet"
-            raise ValueError(f"could not save a checkpoint in {self.folder}: {error}; make room or repair it, then "
-                             f"start again: {last}") from error  # fmt: skip
+            raise ValueError(
+                f"could not save a checkpoint in {self.folder}: {error}; make room or repair it, then "
+                f"start again: {last}"
+            ) from error
 
     def find(self) -> Path | None:
         """The newest checkpoint of this run that is whole, on every rank; the ranks share the work of hashing.
@@ -305,12 +307,15 @@ def _check_names(path: Path, pieces: dict[str, Piece], tensors: dict[str, Any]) 
     saved = {n: tuple(e["shape"]) for n, e in tensors.items() if whole or n.startswith("method/")}
     for what, names in (("lacks", wanted.keys() - saved.keys()), ("has", saved.keys() - wanted.keys())):
         if names:
-            raise ValueError(f"{path} {what} {min(names)} (and {len(names) - 1} more) compared with this recipe's "
-                             "model: it is of another architecture, method or optimiser")  # fmt: skip
+            raise ValueError(
+                f"{path} {what} {min(names)} (and {len(names) - 1} more) compared with this recipe's "
+                "model: it is of another architecture, method or optimiser"
+            )
     for name, shape in wanted.items():
         if saved[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {saved[name]} and this recipe's model {shape}: it is of "
-                             "another architecture")  # fmt: skip
+            raise ValueError(
+                f"{path}: {name} has shape {saved[name]} and this recipe's model {shape}: it is of another architecture"
+            )
 
 
 def _share(piece: Piece, world: World) -> tuple[Tensor, int]:

@@ -123,11 +123,15 @@ def train(
             # A step that was not taken, for another reason than the fp16 scale that is still looking for its value.
             nonfinite = 0 if result.taken or not strategy.loss_scale.exhausted else nonfinite + 1
             if nonfinite:
-                log.note(f"step {step + 1}: the gradient is not finite; the step was not taken "
-                         f"(its samples: scaler batch RUN --step {step + 1})")  # fmt: skip
+                log.note(
+                    f"step {step + 1}: the gradient is not finite; the step was not taken "
+                    f"(its samples: scaler batch RUN --step {step + 1})"
+                )
             if nonfinite == plan.max_nonfinite:
-                raise ValueError(f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): "
-                                 "lower optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16")  # fmt: skip
+                raise ValueError(
+                    f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): "
+                    "lower optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16"
+                )
 
             if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
                 row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}

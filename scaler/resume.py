@@ -8,8 +8,19 @@ from typing import Any
 
 # What may change between a run and its continuation without changing its results (layout, logging, places), or with an
 # effect that the user asks for by changing it.
-_FREE = ("strategy.", "checkpoint.", "track.", "run.dir", "run.stop_after", "run.deterministic", "run.max_nonfinite",
-         "data.shards", "data.val_shards", "data.num_workers", "data.max_bad_fraction")  # fmt: skip
+_FREE = (
+    "strategy.",
+    "checkpoint.",
+    "track.",
+    "run.dir",
+    "run.stop_after",
+    "run.deterministic",
+    "run.max_nonfinite",
+    "data.shards",
+    "data.val_shards",
+    "data.num_workers",
+    "data.max_bad_fraction",
+)
 
 
 def check_continues(
@@ -21,17 +32,21 @@ def check_continues(
         ValueError: names what differs, the consequence and the override.
     """
     if manifest["fingerprint"] != fingerprint and "data" not in allowed:
-        raise ValueError(f"{path} was trained on other data (fingerprint {manifest['fingerprint'][:12]}, now "
-                         f"{fingerprint[:12]}): the order of images would change; restore the shards, start a new "
-                         "run.dir, or set checkpoint.allow_changes=[data]")  # fmt: skip
+        raise ValueError(
+            f"{path} was trained on other data (fingerprint {manifest['fingerprint'][:12]}, now "
+            f"{fingerprint[:12]}): the order of images would change; restore the shards, start a new "
+            "run.dir, or set checkpoint.allow_changes=[data]"
+        )
     before, now = dict(_flatten(manifest["recipe"])), dict(_flatten(recipe))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     changed = [k for k in changed if not k.startswith(_FREE) and k not in allowed]
     if changed:
         details = ", ".join(f"{k}: {before.get(k)!r} → {now.get(k)!r}" for k in changed)
-        raise ValueError(f"{path} was trained with another recipe ({details}): results would no longer be those of one "
-                         f"run; undo the change, start a new run.dir, or set "
-                         f"checkpoint.allow_changes=[{','.join(changed)}]")  # fmt: skip
+        raise ValueError(
+            f"{path} was trained with another recipe ({details}): results would no longer be those of one "
+            f"run; undo the change, start a new run.dir, or set "
+            f"checkpoint.allow_changes=[{','.join(changed)}]"
+        )
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

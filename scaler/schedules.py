@@ -30,8 +30,10 @@ class Duration:
         """
         match = _PATTERN.fullmatch(str(value))
         if not match:
-            raise ValueError(f"{value!r} is no duration; write a number and a unit, for example '1000 steps', "
-                             "'10 epochs' or '1e6 images'")  # fmt: skip
+            raise ValueError(
+                f"{value!r} is no duration; write a number and a unit, for example '1000 steps', "
+                "'10 epochs' or '1e6 images'"
+            )
         return cls(float(match[1]), match[2] + "s")
 
     def __str__(self) -> str:

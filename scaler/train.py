@@ -170,8 +170,14 @@ def run(recipe: Recipe) -> str:
             world=world,
             device=device,
         )
-        log.note({"done": "done", "signal": "stopped by a signal; start again to go on", "stop_after": "reached "
-                  "run.stop_after"}[reason] + f": step {progress.step}, {run_dir}")  # fmt: skip
+        log.note(
+            {
+                "done": "done",
+                "signal": "stopped by a signal; start again to go on",
+                "stop_after": "reached run.stop_after",
+            }[reason]
+            + f": step {progress.step}, {run_dir}"
+        )
     finally:
         log.close()
     if world.rank == 0:
@@ -267,8 +273,10 @@ def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Path | None:
     resume = recipe.checkpoint.resume
     own = checkpointer.find()
     if resume == "never" and own is not None:
-        raise ValueError(f"{recipe.run.dir} already holds {own.name} and checkpoint.resume is never; choose another "
-                         "run.dir, or remove the old run")  # fmt: skip
+        raise ValueError(
+            f"{recipe.run.dir} already holds {own.name} and checkpoint.resume is never; choose another "
+            "run.dir, or remove the old run"
+        )
     if own is not None or resume in ("auto", "never"):
         return own
     source = resolve_checkpoint(resume)
