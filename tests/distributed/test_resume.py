@@ -87,26 +87,24 @@ def test_killed_runs_end_bit_identical(shards, tmp_path, method, ranks, strategy
     assert process.returncode == 0, output
 
     recipe, run_dir = recipe_for(tmp_path, "killed", method, shards), tmp_path / "killed"
-    rng, resumed_from = random.Random(f"{method}{ranks}{strategy}"), []
+    rng, kept, untouched = random.Random(f"{method}{ranks}{strategy}"), 0, b""
     for kill in range(KILLS):
         process = start(command(recipe, ranks=ranks, strategy=strategy))
-        step = min(STEPS - 2, max(rng.randrange(2 + kill * 50 // KILLS, 12 + kill * 50 // KILLS), 2))
+        earliest = max(kept + 1, kill * (STEPS - 12) // KILLS)
+        step = rng.randrange(earliest, max(earliest + 1, min(STEPS - 2, earliest + 60 // KILLS)))
         wait_for_moment(run_dir, process, step=step, in_save=kill % 2 == 1)
         kill_all(process)
-        before = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        assert b"".join(lines).startswith(untouched), "rows before a checkpoint are never touched again"
         newest = complete_checkpoints(run_dir / "checkpoints")
         kept = int(newest[0].name.removeprefix("step-")) if newest else 0
-        resumed_from.append(kept)
-        untouched = b"".join(before[:kept])
-        # The next start must keep the rows up to its checkpoint byte for byte.
-        check = start(command(recipe, ranks=ranks, strategy=strategy))
-        wait_for_moment(run_dir, check, step=kept + 1, in_save=False)
-        kill_all(check)
-        assert (run_dir / "metrics.jsonl").read_bytes().startswith(untouched)
+        untouched = b"".join(lines[:kept])
+    assert kept > 0
     process = start(command(recipe, ranks=ranks, strategy=strategy))
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert max(resumed_from) > 0 and f"resuming from {run_dir}" in output
+    assert f"resuming from {newest[0]}: step {kept}" in output
+    assert (run_dir / "metrics.jsonl").read_bytes().startswith(untouched)
 
     assert rows(run_dir) == rows(tmp_path / "unbroken")
     assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
