@@ -43,9 +43,7 @@ def naive_lars(
     zero=st.sampled_from(["nothing", "weight", "grad"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_lars_follows_its_formula(
-    seed: int, momentum: float, decay: float, eta: float, adapt: bool, zero: str
-) -> None:
+def test_lars_follows_its_formula(seed: int, momentum: float, decay: float, eta: float, adapt: bool, zero: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(7, 3, generator=generator, dtype=torch.float64) * (zero != "weight")
     grads = [torch.randn(7, 3, generator=generator, dtype=torch.float64) * (zero != "grad") for _ in range(4)]

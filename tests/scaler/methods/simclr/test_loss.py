@@ -80,9 +80,7 @@ def test_hard_cases_in_fp32() -> None:
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 2)
     assert nt_xent(opposite * 1e-3, temperature=0.05, world=World()).loss.item() == pytest.approx(0, abs=1e-6)
     spread = random(64, 16, 0, torch.float32) * torch.logspace(-3, 3, 128)[:, None]
-    exact, exact_grad = value_and_grad(
-        lambda x: nt_xent(x, temperature=0.05, world=World()).loss, spread.double()
-    )
+    exact, exact_grad = value_and_grad(lambda x: nt_xent(x, temperature=0.05, world=World()).loss, spread.double())
     value, grad = value_and_grad(lambda x: nt_xent(x, temperature=0.05, world=World()).loss, spread)
     assert value.item() == pytest.approx(exact.item(), rel=1e-5)
     assert (grad - exact_grad).norm() <= 1e-5 * exact_grad.norm()
