@@ -43,6 +43,7 @@ class Settings(BaseModel):
     local_size: int = Field(96, gt=0, description="pixels of a local crop")
     global_scale: Interval = (0.32, 1.0)
     local_scale: Interval = (0.05, 0.32)
+    flip: Fraction = Field(0.5, description="share of crops that are mirrored; 0 where left and right have a meaning")
 
     # Colour
     brightness: float = Field(0.4, ge=0)

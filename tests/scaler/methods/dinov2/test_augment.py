@@ -19,6 +19,7 @@ def test_views_are_the_recipes() -> None:
     assert (views["local"].size, views["local"].count, views["local"].scale) == (96, 8, (0.05, 0.32))
     assert all(v.flip == 0.5 and v.interpolation == "bicubic" for v in views.values())
     assert len(make_views(Settings(num_local_crops=0), image_size=224)) == 2
+    assert {view.flip for view in make_views(Settings(flip=0.0), image_size=224)} == {0.0}
 
 
 @pytest.mark.parametrize(("blur", "expected"), [("paper", (1.0, 0.1, 0.5)), ("released", (0.0, 0.9, 0.5))])
