@@ -15,7 +15,7 @@ VIEWS = ("view_1", "view_2")
 
 def make_views(settings: SimCLRSettings, *, image_size: int) -> tuple[View, ...]:
     """Two random resized crops of the whole image, drawn independently."""
-    return tuple(View(name=name, size=image_size, scale=settings.crop_scale) for name in VIEWS)
+    return tuple(View(name, image_size, scale=settings.crop_scale, flip=settings.flip) for name in VIEWS)
 
 
 def make_color(settings: SimCLRSettings, *, image_size: int) -> Color:
