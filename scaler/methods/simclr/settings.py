@@ -33,7 +33,6 @@ class SimCLRSettings(BaseModel):
 
     # Views
     crop_scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area of a crop: low, high")
-    flip_probability: Fraction = Field(0.5, description="of mirroring a crop; 0 where left and right matter")
     flip: Fraction = Field(0.5, description="share of views that are mirrored; 0 where left and right have a meaning")
     color_strength: float = Field(1.0, ge=0, le=2.5, description="s: jitter of 0.8s, 0.8s, 0.8s and 0.2s")
     jitter_probability: Fraction = 0.8
