@@ -19,7 +19,7 @@ from timm.models import is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
 from scaler.nn.base import Backbone, Features
-from scaler.nn.init import init_vit_
+from scaler.nn.init import InitialWeights, init_vit_
 from scaler.nn.vit import PackedViT, can_pack
 
 __all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone"]
@@ -34,6 +34,7 @@ def build_backbone(
     registers: int = 0,
     patch_size: int | None = None,
     mask_token: bool = False,
+    initial_weights: InitialWeights = "published",
     **overrides: Any,
 ) -> Backbone:
     """Build a timm model without classifier.
@@ -46,6 +47,7 @@ def build_backbone(
         registers: number of register tokens of a ViT (arXiv 2309.16588), which get no position.
         patch_size: another patch size than the name's.
         mask_token: give a ViT a mask token.
+        initial_weights: of a ViT, see `scaler.nn.init.init_linear_`.
         overrides: further arguments of timm's model (`depth`, `embed_dim`, `num_heads`, …).
 
     Raises:
@@ -68,7 +70,7 @@ def build_backbone(
             if image_size % size:
                 raise ValueError(f"image_size {image_size} is not a multiple of the patch size {size} of {name}")
             vit = PackedViT(model, drop_path=drop_path, mask_token=mask_token)
-            init_vit_(vit, layer_scale=layer_scale)
+            init_vit_(vit, layer_scale=layer_scale, weights=initial_weights)
             return vit
     wanted = {"layer_scale": layer_scale, "registers": registers, "patch_size": patch_size, "mask_token": mask_token}
     refused = [option for option, value in wanted.items() if value]

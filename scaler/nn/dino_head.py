@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaler.nn.init import assert_initialised, fill_nan_, init_linear_
+from scaler.nn.init import InitialWeights, assert_initialised, fill_nan_, init_linear_
 from scaler.nn.precision import at_least_fp32, full_precision
 
 
@@ -21,7 +21,15 @@ class DINOHead(nn.Module):
     Shapes: n rows, d features, b bottleneck width, K prototypes.
     """
 
-    def __init__(self, num_features: int, *, num_prototypes: int, hidden: int = 2048, bottleneck: int = 256) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_prototypes: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        initial_weights: InitialWeights = "published",
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(num_features, hidden),
@@ -31,14 +39,14 @@ class DINOHead(nn.Module):
             nn.Linear(hidden, bottleneck),
         )
         self.last_layer = Prototypes(bottleneck, num_prototypes=num_prototypes)
-        self.init_weights()
+        self.init_weights(initial_weights)
 
-    def init_weights(self) -> None:
-        """Truncated normal 0.02 for the MLP, zero biases; unit-length prototypes in random directions."""
+    def init_weights(self, weights: InitialWeights) -> None:
+        """Truncated normal for the MLP (see `init_linear_`), zero biases; unit prototypes in random directions."""
         fill_nan_(self)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                init_linear_(layer)
+                init_linear_(layer, weights=weights)
         self.last_layer.init_weights()
         assert_initialised(self)
 

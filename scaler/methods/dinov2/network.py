@@ -27,6 +27,7 @@ class Network(nn.Module):
             registers=settings.registers,
             patch_size=settings.patch_size,
             mask_token=True,
+            initial_weights=settings.initial_weights,
             **{key: value for key, value in overrides.items() if value is not None},
         )
         assert isinstance(backbone, PackedViT)  # anything else has refused the mask token
@@ -40,6 +41,7 @@ class Network(nn.Module):
             num_prototypes=settings.num_prototypes,
             hidden=settings.head_hidden,
             bottleneck=settings.head_bottleneck,
+            initial_weights=settings.initial_weights,
         )
 
     @property
