@@ -1,8 +1,8 @@
 """The demo's images: scikit-learn's 1,797 scans of handwritten digits, made into a task that pixels do not solve.
 
-Each 8×8 scan is enlarged and painted once, in a colour of its own, somewhere on a coloured, blotchy background of
-32×32 pixels. Colour, size, place and background say nothing about the class, so whoever compares pixels compares
-those; a model that has learned to look past them sees the digit. Every number is keyed by the scan: the files are the
+Each 8×8 scan is enlarged and painted once, in a colour of its own, somewhere on a darker, colourfully blotched
+background of 32×32 pixels. Colour, size, place and background say nothing about the class, so whoever compares pixels
+compares those; a model that has learned to look past them sees the digit. Every number is keyed by the scan: the files are the
 same each time, everywhere.
 """
 
@@ -20,10 +20,11 @@ from shards.random import keyed_permutation, keyed_uniform
 
 SIZE = 32  # pixels of a side
 NUM_VAL = 360  # of 1,797 scans; the others train
-_GLYPH = (0.55, 0.9)  # side of the scan, of the picture's
+_GLYPH = (0.75, 0.9)  # side of the scan, of the picture's
 _BLOTCHES = 3  # a grid of so many background colours each way, blended
-_BLOTCH_STRENGTH = 0.2
-_MIN_CONTRAST = 0.35  # in luma, between digit and background
+_BLOTCH_STRENGTH = 0.6  # in colour only: blotches are as bright as the ground around them
+_GROUND = (0.15, 0.35)  # luma of the background
+_CONTRAST = (0.35, 0.45)  # by how much luma of the digit is above it
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -47,14 +48,21 @@ def paint(scan: NDArray[np.float64], *, number: int) -> NDArray[np.uint8]:
     ink = np.zeros((SIZE, SIZE, 1))
     ink[top : top + side, left : left + side, 0] = _enlarge(scan, side).clip(0, 1)
 
-    for draw in range(1000):
-        digit, ground = keyed_uniform("demo colour", number, draw, count=6).reshape(2, 3)
-        if abs((digit - ground) @ _LUMA) > _MIN_CONTRAST:
-            break
+    dark, gap = keyed_uniform("demo luma", number, count=2)
+    luma = _GROUND[0] + dark * (_GROUND[1] - _GROUND[0])
+    ground = _colour(luma, "demo ground", number)
+    digit = _colour(luma + _CONTRAST[0] + gap * (_CONTRAST[1] - _CONTRAST[0]), "demo digit", number)
     grid = keyed_uniform("demo background", number, np.arange(3), count=_BLOTCHES**2) - 0.5
     blotches = np.stack([_enlarge(channel.reshape(_BLOTCHES, _BLOTCHES), SIZE) for channel in grid], axis=-1)
+    blotches -= (blotches @ _LUMA)[..., None]
     picture = (ground + 2 * _BLOTCH_STRENGTH * blotches).clip(0, 1) * (1 - ink) + digit * ink
     return (picture * 255).round().astype(np.uint8)
+
+
+def _colour(luma: float, purpose: str, number: int) -> NDArray[np.float64]:
+    """A random colour [3] of this brightness (to 0.03)."""
+    draws = keyed_uniform(purpose, number, np.arange(2000), count=3)
+    return draws[np.abs(draws @ _LUMA - luma) < 0.03][0]
 
 
 def _enlarge(values: NDArray[np.float64], side: int) -> NDArray[np.float64]:

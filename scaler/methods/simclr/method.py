@@ -189,6 +189,7 @@ def make_backbone(settings: SimCLRSettings, *, image_size: int) -> Backbone:
         image_size=image_size,
         drop_path=settings.drop_path,
         patch_size=settings.patch_size,
+        initial_weights="fan_in" if settings.initial_weights == "fan_in" else "published",
         **{key: value for key, value in overrides.items() if value is not None},
     )
     if settings.small_stem:
@@ -202,7 +203,7 @@ def make_backbone(settings: SimCLRSettings, *, image_size: int) -> Backbone:
             freeze_patch_embed_(backbone)
         return backbone
     wanted = {
-        "initial_weights": settings.initial_weights != "default",
+        "initial_weights": settings.initial_weights != "published",
         "frozen_patch_embed": settings.frozen_patch_embed,
         "sincos_positions": settings.sincos_positions,
     }

@@ -23,8 +23,8 @@ class SimCLRSettings(BaseModel):
     depth: int | None = Field(None, gt=0, description="ViTs: number of blocks; null: the backbone's own")
     embed_dim: int | None = Field(None, gt=0, description="ViTs: width; null: the backbone's own")
     num_heads: int | None = Field(None, gt=0, description="ViTs: attention heads; null: the backbone's own")
-    initial_weights: Literal["default", "moco_v3"] = Field(
-        "default", description="ViTs: truncated normal, or MoCo-v3's Xavier-uniform (q, k, v separate)"
+    initial_weights: Literal["published", "fan_in", "moco_v3"] = Field(
+        "published", description="ViTs: DINOv2's, their relatives for narrow models, or MoCo-v3's (q, k, v separate)"
     )
     frozen_patch_embed: bool = Field(False, description="ViTs: the patch embedding stays at its initial weights")
     sincos_positions: bool = Field(False, description="ViTs: fixed two-dimensional sine-cosine positions")
