@@ -2,8 +2,8 @@
 
 Each 8×8 scan is enlarged and painted once, in a colour of its own, somewhere on a darker, colourfully blotched
 background of 32×32 pixels. Colour, size, place and background say nothing about the class, so whoever compares pixels
-compares those; a model that has learned to look past them sees the digit. Every number is keyed by the scan: the files are the
-same each time, everywhere.
+compares those; a model that has learned to look past them sees the digit. Every number is keyed by the scan: the files
+are the same each time, everywhere.
 """
 
 from __future__ import annotations
