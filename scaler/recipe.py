@@ -57,7 +57,7 @@ class Data(Section):
     shuffle_window: int = Field(2048, gt=0, description="samples of a lane that are shuffled together")
     lanes: int | Literal["auto"] = "auto"
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="distinct undecodable samples that stop the run")
-    max_pixels: int = Field(200_000_000, gt=0, description="images with more pixels are rejected unread")
+    max_pixels: int = Field(100_000_000, gt=0, description="images with more pixels are rejected unread")
 
 
 class Optim(Section):
