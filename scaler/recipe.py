@@ -105,6 +105,7 @@ class StrategySettings(Section):
     compile: bool = Field(False, description="torch.compile each block")
     reshard_after_forward: bool = Field(True, description="FSDP2: free a block's weights after its forward")
     cpu_offload: bool = Field(False, description="FSDP2: keep shards in host memory")
+    deepspeed_config: None = Field(None, description="for ZeRO, which this version does not have yet")
 
 
 class CheckpointSettings(Section):
@@ -124,6 +125,7 @@ class Track(Section):
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "scaler"
+    mlflow: Literal[False] = Field(False, description="not in this version yet")
 
     @field_validator("log_every")
     @classmethod
