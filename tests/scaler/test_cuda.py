@@ -23,9 +23,17 @@ def shards(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_demo_recipes_train_in_bf16(shards, tmp_path, recipe, strategy, compiled):
-    arguments = [recipe, f"data.shards={shards}", f"run.dir={tmp_path}", "schedule.total=10 steps", "data.num_workers=2",
-                 f"strategy.name={strategy}", "strategy.precision=bf16", f"strategy.compile={compiled}",
-                 "track.wandb=disabled"]  # fmt: skip
+    arguments = [
+        recipe,
+        f"data.shards={shards}",
+        f"run.dir={tmp_path}",
+        "schedule.total=10 steps",
+        "data.num_workers=2",
+        f"strategy.name={strategy}",
+        "strategy.precision=bf16",
+        f"strategy.compile={compiled}",
+        "track.wandb=disabled",
+    ]
     assert main(arguments) == 0
     table = rows(tmp_path)
     assert len(table) == 10 and all(math.isfinite(row["loss"]) for row in table)
