@@ -92,7 +92,7 @@ def run_demo(folder: Path, *, say: Callable[[str], None] = print) -> dict[str, f
             }
             for method in METHODS
         },
-        title="scaler demo: loss, and validation features on their first two principal components",
+        title="scaler demo: loss, and t-SNE of the validation features, coloured by digit",
     )
     top1 = {name: score.top1 for name, score in scores.items()}
     (folder / _MADE_BY).write_text(json.dumps(top1) + "\n")

@@ -11,9 +11,10 @@ import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
 from torch import Tensor
 
-_MAX_POINTS = 3000
+_MAX_POINTS = 1000  # of an embedding picture; t-SNE takes seconds for them
 
 
 def demo_figure(
@@ -66,7 +67,7 @@ def loss_curves(axes: Axes, runs: Mapping[str, Path]) -> None:
 
 
 def embedding_picture(axes: Axes, features: Tensor, labels: Tensor) -> None:
-    """Draw features [n, d] on their first two principal components, coloured by label [n] (int, -1: none).
+    """Draw features [n, d] in the plane by t-SNE, coloured by label [n] (int, -1: none): neighbours stay neighbours.
 
     Raises:
         ValueError: features that do not fit their labels.
@@ -75,7 +76,7 @@ def embedding_picture(axes: Axes, features: Tensor, labels: Tensor) -> None:
         raise ValueError(f"features {list(features.shape)} and labels {list(labels.shape)} must be [n, d] and [n]")
     # A fixed random part of the points: every n-th could keep step with the order of the classes.
     some = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:_MAX_POINTS]
-    points = principal_components(torch.nn.functional.normalize(features.float(), dim=1), num=2)[some]
+    points = plane(torch.nn.functional.normalize(features[some].float(), dim=1))
     shown = labels[some]
     colors = colormaps["tab10" if int(labels.max()) < 10 else "tab20"]
     for label in shown.unique().tolist():
@@ -85,6 +86,21 @@ def embedding_picture(axes: Axes, features: Tensor, labels: Tensor) -> None:
     axes.set_yticks([])
     if 1 < len(shown.unique()) <= 10:
         axes.legend(fontsize=6, markerscale=2, loc="upper right", handletextpad=0.1)
+
+
+def plane(features: Tensor) -> Tensor:
+    """Features [n, d] in the plane, float32 [n, 2], by t-SNE (van der Maaten & Hinton, JMLR 2008).
+
+    It starts from the principal components and draws no random numbers, so the same features give the same picture.
+    Fewer than 5 samples stay on their principal components.
+    """
+    start = principal_components(features, num=2)
+    if len(features) < 5:
+        return start.float()
+    start *= 1e-4 / start[:, 0].std().clamp(min=1e-12)
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init=start.float().numpy(), random_state=0)
+    return torch.from_numpy(tsne.fit_transform(features.float().numpy()))
 
 
 def principal_components(features: Tensor, *, num: int) -> Tensor:

@@ -23,6 +23,7 @@ from shards.decode import View
 Stage = Literal["observe", "combine", "learn"]
 Batch = dict[str, Any]
 Hyper = dict[str, float]
+Channels = tuple[float, float, float]
 Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 
 
@@ -33,11 +34,14 @@ class Method(nn.Module):
         Settings: pydantic model (extra="forbid") of the recipe's `method:` section, `name` included.
         views: what the loader's workers cut from every image (geometry only, uint8).
         world: collectives for global-batch quantities.
+        normalization: mean and standard deviation per channel of the images it is given (pixels from 0 to 1);
+            ImageNet's unless it says otherwise.
     """
 
     Settings: ClassVar[type[BaseModel]]
     views: tuple[View, ...]
     world: World
+    normalization: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def __init__(self, settings: Any, *, image_size: int, world: World) -> None:
         super().__init__()
@@ -109,8 +113,3 @@ class Method(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Evaluation features, float [n, dim], of normalised images, float [n, 3, h, w] (teacher or backbone)."""
         raise NotImplementedError
-
-    normalization: ClassVar[tuple[tuple[float, float, float], tuple[float, float, float]]] = (
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
-    )

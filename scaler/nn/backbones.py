@@ -48,11 +48,12 @@ def build_backbone(
         patch_size: another patch size than the name's.
         mask_token: give a ViT a mask token.
         initial_weights: of a ViT, see `scaler.nn.init.init_linear_`.
-        overrides: further arguments of timm's model (`depth`, `embed_dim`, `num_heads`, …).
+        overrides: further arguments of timm's model (`depth`, `embed_dim`, `num_heads`, …); None: the name's own.
 
     Raises:
         ValueError: unknown model, an override that the model does not take, or a ViT's option for another model.
     """
+    overrides = {key: value for key, value in overrides.items() if value is not None}
     if not is_model(name):
         close = difflib.get_close_matches(name, list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))

@@ -18,7 +18,6 @@ class Network(nn.Module):
 
     def __init__(self, settings: Settings, *, image_size: int) -> None:
         super().__init__()
-        overrides = {key: getattr(settings, key) for key in ("depth", "embed_dim", "num_heads")}
         backbone = build_backbone(
             settings.backbone,
             image_size=image_size,
@@ -28,7 +27,9 @@ class Network(nn.Module):
             patch_size=settings.patch_size,
             mask_token=True,
             initial_weights=settings.initial_weights,
-            **{key: value for key, value in overrides.items() if value is not None},
+            depth=settings.depth,
+            embed_dim=settings.embed_dim,
+            num_heads=settings.num_heads,
         )
         assert isinstance(backbone, PackedViT)  # anything else has refused the mask token
         self.backbone = backbone

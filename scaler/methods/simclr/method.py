@@ -44,7 +44,8 @@ class SimCLR(Method):
         super().__init__(settings, image_size=image_size, world=world)
         self.views = make_views(settings, image_size=image_size)
         self.color = make_color(settings, image_size=image_size)
-        self.mean, self.std = self.normalization if settings.normalize else ((0.0,) * 3, (1.0,) * 3)
+        if not settings.normalize:
+            self.normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         backbone = make_backbone(settings, image_size=image_size)
         self.norms_by_batch = has_batch_norm(backbone)
         self.backbone = backbone
@@ -75,7 +76,8 @@ class SimCLR(Method):
 
     def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
         """Adds to what the loader gives: `images` float32 [2m, 3, h, w], first views then second, and `keep`."""
-        images = color_views(batch, self.color, seed=seed, mean=self.mean, std=self.std)
+        mean, std = self.normalization
+        images = color_views(batch, self.color, seed=seed, mean=mean, std=std)
         keep = None
         if self._drops_rows:
             keep = kept_rows(
@@ -183,14 +185,15 @@ def make_backbone(settings: SimCLRSettings, *, image_size: int) -> Backbone:
     Raises:
         ValueError: an unknown model, or options that this kind of model does not have.
     """
-    overrides = {key: getattr(settings, key) for key in ("depth", "embed_dim", "num_heads")}
     backbone = build_backbone(
         settings.backbone,
         image_size=image_size,
         drop_path=settings.drop_path,
         patch_size=settings.patch_size,
         initial_weights="fan_in" if settings.initial_weights == "fan_in" else "published",
-        **{key: value for key, value in overrides.items() if value is not None},
+        depth=settings.depth,
+        embed_dim=settings.embed_dim,
+        num_heads=settings.num_heads,
     )
     if settings.small_stem:
         set_small_stem_(backbone)

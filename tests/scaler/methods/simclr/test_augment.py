@@ -58,7 +58,9 @@ def test_colours_do_not_depend_on_the_layout_or_the_step() -> None:
 
 
 def test_without_normalisation_pixels_stay_in_range() -> None:
-    images = make_method(**VIT, normalize=False).augment(make_batch(range(12)), seed=7, step=0)["images"]
+    method = make_method(**VIT, normalize=False)
+    assert method.normalization == ((0.0,) * 3, (1.0,) * 3), "evaluation must feed it the same pixels"
+    images = method.augment(make_batch(range(12)), seed=7, step=0)["images"]
     assert images.min() >= 0 and images.max() <= 1
 
 
