@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ _MADE_BY = "demo.json"  # marks a folder as ours, which may be cleared
 _CROP = 1.0  # the digits reach to the border: evaluate whole images
 _SAY_EVERY = 10.0  # seconds between lines of progress
 
+Say = Callable[[str], None]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -52,7 +59,7 @@ class Score:
     labels: Tensor
 
 
-def run_demo(folder: Path, *, say: Callable[[str], None] = print) -> dict[str, float]:
+def run_demo(folder: Path, *, say: Say = _say) -> dict[str, float]:
     """Run all stages in `folder`, clearing what an earlier demo left there; returns top-1 accuracies by name.
 
     Raises:
@@ -119,27 +126,32 @@ def prepare_folder(folder: Path) -> None:
     (folder / _MADE_BY).write_text("{}\n")
 
 
-def command(words: list[str], *, log: Path, say: Callable[[str], None]) -> None:
+def command(words: list[str], *, log: Path, say: Say) -> None:
     """Run `scaler WORDS` to its end, its output going to `log`.
 
     Raises:
         ValueError: it failed; with the end of its output.
     """
-    process = start(words, log=log, say=say)
-    if process.wait():
-        raise ValueError(failure(words, log))
+    with running(words, log=log, say=say) as process:
+        if process.wait():
+            raise ValueError(failure(words, log))
 
 
-def start(words: list[str], *, log: Path, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
-    """Start `scaler WORDS` as a user would, and show it."""
+@contextmanager
+def running(words: list[str], *, log: Path, say: Say) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `scaler WORDS` as a user would, and show it; it ends with the block."""
     # Two processes cannot share one GPU; the demo is small enough for the CPU.
     hide = 0 < torch.cuda.device_count() < PROCESSES and words[0] == "train"
     say("     $ " + ("CUDA_VISIBLE_DEVICES= " if hide else "") + shlex.join(["scaler", *words]))
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide else {})}
+    words = [sys.executable, "-m", "scaler.cli", *words]
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "scaler.cli", *words], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def failure(words: list[str], log: Path) -> str:
@@ -152,7 +164,7 @@ def failure(words: list[str], log: Path) -> str:
 # ---------------------------------------------------------------------- training
 
 
-def train(method: str, *, folder: Path, shards: Path, kill: bool, say: Callable[[str], None]) -> None:
+def train(method: str, *, folder: Path, shards: Path, kill: bool, say: Say) -> None:
     """Train `METHOD/demo` to its end; with `kill`, one of its processes is killed after a checkpoint, and it resumes.
 
     Raises:
@@ -161,25 +173,22 @@ def train(method: str, *, folder: Path, shards: Path, kill: bool, say: Callable[
     run, log = folder / method, folder / f"{method}.log"
     words = ["train", f"{method}/demo", f"data.shards={shards}", f"run.dir={run}", "strategy.name=fsdp2"]
     words += ["--processes", str(PROCESSES)]
-    process = start(words, log=log, say=say)
     say(f"     output: {log}   metrics: {run / 'metrics.jsonl'}")
     if kill:
-        victim = watch(process, run, until_checkpoint=True, say=say)
-        if victim is None:
-            raise ValueError(failure(words, log) if process.wait() else f"{method} ended before it could be killed")
-        step = last_step(run)
-        victim.kill()
-        process.wait()
+        with running(words, log=log, say=say) as process:
+            victim = watch(process, run, log=log, until_checkpoint=True, say=say)
+            if victim is None:
+                raise ValueError(failure(words, log) if process.wait() else f"{method} ended before it could be killed")
+            step = last_step(run)
+            victim.kill()
+            process.wait()
         saved = complete_checkpoints(run / "checkpoints")[0]
         say(f"     kill -9 {victim.pid}   (one of its {PROCESSES} processes, at step {step}; the others end with it)")
         say(f"     newest complete checkpoint: {saved}; the same command again goes on from there:")
-        process = start(words, log=log, say=say)
-    watch(process, run, until_checkpoint=False, say=say)
-    if process.wait():
-        raise ValueError(failure(words, log))
-    for line in log.read_text(errors="replace").splitlines():
-        if line.startswith(("engaged:", "resuming")):
-            say(f"     {line}")
+    with running(words, log=log, say=say) as process:
+        watch(process, run, log=log, until_checkpoint=False, say=say)
+        if process.wait():
+            raise ValueError(failure(words, log))
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     if steps != list(range(1, len(steps) + 1)):
         raise ValueError(f"{run / 'metrics.jsonl'} does not hold every step from 1 to {len(steps)} once")
@@ -187,15 +196,20 @@ def train(method: str, *, folder: Path, shards: Path, kill: bool, say: Callable[
 
 
 def watch(
-    process: subprocess.Popen[bytes], run: Path, *, until_checkpoint: bool, say: Callable[[str], None]
+    process: subprocess.Popen[bytes], run: Path, *, log: Path, until_checkpoint: bool, say: Say
 ) -> psutil.Process | None:
     """Report progress until the training ends (None), or until it has a checkpoint and has gone on from it.
 
     Returns then the process of the last rank.
     """
-    said = time.monotonic()
+    said, heard = time.monotonic(), log.stat().st_size
+    introduced = False
     while process.poll() is None:
         time.sleep(0.1)
+        if not introduced and (told := introduction(log, start=heard)):
+            introduced = True
+            for line in told:
+                say(f"     {line}")
         if time.monotonic() - said > _SAY_EVERY and (row := last_row(run)):
             said = time.monotonic()
             say(f"     step {row['step']}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
@@ -203,6 +217,14 @@ def watch(
         if found and last_step(run) > int(found[0].name.removeprefix("step-")) + 3:
             return find_rank(process.pid, PROCESSES - 1)
     return None
+
+
+def introduction(log: Path, *, start: int) -> list[str]:
+    """What a training says of itself before its first step, from byte `start` of its log on; [] before that step."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    if not any(line.startswith("step ") for line in lines):
+        return []
+    return [line for line in lines if line.startswith(("engaged:", "resuming"))]
 
 
 def find_rank(launcher: int, rank: int) -> psutil.Process:
@@ -234,7 +256,7 @@ def last_step(run: Path) -> int:
 # ---------------------------------------------------------------------- evaluation
 
 
-def evaluate(folder: Path, *, shards: dict[str, Path], say: Callable[[str], None]) -> dict[str, Score]:
+def evaluate(folder: Path, *, shards: dict[str, Path], say: Say) -> dict[str, Score]:
     """kNN of the validation images by the training images: raw pixels, and each method before and after training."""
     train, val = (ShardIndex.load(path) for path in shards.values())
     scores = {"pixels": pixel_score(train, val)}
