@@ -142,7 +142,7 @@ def running(words: list[str], *, log: Path, say: Say) -> Iterator[subprocess.Pop
     """Start `scaler WORDS` as a user would, and show it; it ends with the block."""
     # Two processes cannot share one GPU; the demo is small enough for the CPU.
     hide = 0 < torch.cuda.device_count() < PROCESSES and words[0] == "train"
-    say("     $ " + ("CUDA_VISIBLE_DEVICES= " if hide else "") + shlex.join(["scaler", *words]))
+    say("     $ " + ("CUDA_VISIBLE_DEVICES= " if hide else "") + shlex.join(["scaler", *words]) + f"   > {log}")
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide else {})}
     words = [sys.executable, "-m", "scaler.cli", *words]
     with log.open("ab") as file:
@@ -173,7 +173,6 @@ def train(method: str, *, folder: Path, shards: Path, kill: bool, say: Say) -> N
     run, log = folder / method, folder / f"{method}.log"
     words = ["train", f"{method}/demo", f"data.shards={shards}", f"run.dir={run}", "strategy.name=fsdp2"]
     words += ["--processes", str(PROCESSES)]
-    say(f"     output: {log}   metrics: {run / 'metrics.jsonl'}")
     if kill:
         with running(words, log=log, say=say) as process:
             victim = watch(process, run, log=log, until_checkpoint=True, say=say)
@@ -210,7 +209,7 @@ def watch(
             introduced = True
             for line in told:
                 say(f"     {line}")
-        if time.monotonic() - said > _SAY_EVERY and (row := last_row(run)):
+        if introduced and time.monotonic() - said > _SAY_EVERY and (row := last_row(run)):
             said = time.monotonic()
             say(f"     step {row['step']}  loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
         found = complete_checkpoints(run / "checkpoints") if until_checkpoint else []
