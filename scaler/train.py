@@ -288,7 +288,7 @@ def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySett
     """The recipe with every default and "auto" written out and the shards' full path, as plain data."""
     values = recipe.model_dump(mode="json")
     values["strategy"] = settings.model_dump(mode="json")
-    values["data"]["shards"] = str(index.path)
+    values["data"]["shards"] = str(index.path.resolve())
     return values
 
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from scaler.checkpoint import read_manifest, resolve_checkpoint
 from scaler.cli import main
 from shards.index import ShardIndex
 from shards.order import SampleOrder
@@ -215,11 +216,16 @@ def test_batch_refuses_other_shards_than_the_runs(shards: Path, photos: Path, tm
     assert result.returncode == 1 and "is not what" in result.stderr and "fingerprint" in result.stderr
 
 
-def test_eval_knn_of_a_trained_run(shards: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_trained_run_can_be_asked_from_any_folder(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "data": {**RECIPE["data"], "shards": str(shards)}}))
+    monkeypatch.chdir(shards.parent)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "data": {**RECIPE["data"], "shards": shards.name}}))
     trained = scaler("train", tmp_path / "recipe.yaml", f"run.dir={run}", "--processes", 1)
     assert trained.returncode == 0, trained.stderr
+    monkeypatch.chdir(tmp_path)
+    assert len(scaler("batch", run, "--step", 1, "--keys").stdout.splitlines()) == 7
     options = ["--train", shards, "--val", shards, "--k", 3, "--json", "--crop-fraction", 1.0]
     after = json.loads(scaler("eval", "knn", run, *options).stdout)
     one = json.loads(scaler("eval", "knn", next((run / "checkpoints").glob("step-*4")), *options).stdout)
@@ -231,3 +237,14 @@ def test_eval_knn_of_a_trained_run(shards: Path, photos: Path, tmp_path: Path) -
     assert nearest["top1"] == 1.0, "every sample is its own nearest neighbour"
     table = scaler("eval", "knn", run, *options[:4], "--k", 1).stdout
     assert "top1" in table and "100.0 %" in table
+
+
+def test_two_processes_are_started_with_the_recipes_strategy(shards: Path, tmp_path: Path) -> None:
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "shards": str(shards), "global_batch_size": 8}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = [f"run.dir={tmp_path / 'run'}", "schedule.total=2 steps", "strategy.name=fsdp2", "--processes", 2]
+    assert scaler("train", tmp_path / "recipe.yaml", *words).returncode == 0
+    saved_by = read_manifest(resolve_checkpoint(tmp_path / "run"))["saved_by"]
+    assert (saved_by["strategy"], saved_by["ranks"]) == ("fsdp2", 2)
+    with_one_more = [*words[:-1], 3]  # 8 images do not divide by 3 processes
+    assert scaler("train", tmp_path / "recipe.yaml", *with_one_more).returncode == 1
