@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaler.methods.base import Method
 from scaler.strategies.base import Strategy
+
+# Nothing is broadcast before a forward: buffers are global already (batch norm, centres). torch 2.15 has renamed this.
+_NEW_NAME = "forward_sync_buffers"
+_HAS_NEW_NAME = _NEW_NAME in inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {_NEW_NAME if _HAS_NEW_NAME else "broadcast_buffers": False}
 
 
 class DDP(Strategy):
@@ -29,7 +36,7 @@ class DDP(Strategy):
         return DistributedDataParallel(
             method,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **_NO_BUFFER_SYNC,
             gradient_as_bucket_view=True,
             find_unused_parameters=self.deterministic,
         )

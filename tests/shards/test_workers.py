@@ -99,6 +99,7 @@ def test_closing_the_iterator_ends_the_workers() -> None:
 
 SCRIPT = """
     import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     from shards.workers import run_workers
     from tests.shards.test_workers import Probe
     {setup}
