@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from scaler.checkpoint import complete_checkpoints
 from scaler.collectives import World
@@ -258,7 +259,7 @@ def last_step(run: Path) -> int:
 def evaluate(folder: Path, *, shards: dict[str, Path], say: Say) -> dict[str, Score]:
     """kNN of the validation images by the training images: raw pixels, and each method before and after training."""
     train, val = (ShardIndex.load(path) for path in shards.values())
-    scores = {"pixels": pixel_score(train, val)}
+    scores = {"pixels": pixel_score(train, val, grey=False), "grey pixels": pixel_score(train, val, grey=True)}
     for method in METHODS:
         for when, random_init in (("initialised", True), ("trained", False)):
             words = ["eval", "knn", str(folder / method), "--train", str(train.path), "--val", str(val.path)]
@@ -270,11 +271,11 @@ def evaluate(folder: Path, *, shards: dict[str, Path], say: Say) -> dict[str, Sc
     return scores
 
 
-def pixel_score(train: ShardIndex, val: ShardIndex) -> Score:
-    """What pixels alone score: the image itself as its features."""
+def pixel_score(train: ShardIndex, val: ShardIndex, *, grey: bool) -> Score:
+    """What pixels alone score: the image itself as its features, or its brightness, for one who knows the trick."""
     parts = [
         extract_features(
-            lambda images: images.flatten(1),
+            lambda images: (rgb_to_grayscale(images) if grey else images).flatten(1),
             index,
             view=View("center", SIZE, kind="center", crop_fraction=_CROP),
             batch_size=256,
@@ -298,7 +299,8 @@ def knn_score(parts: list[tuple[Tensor, Tensor]], *, num_classes: int) -> Score:
 def print_table(top1: dict[str, float]) -> None:
     """Accuracies side by side."""
     table = Table("kNN top-1", *METHODS)
-    table.add_row("raw pixels", *[f"{100 * top1['pixels']:.1f} %"] * len(METHODS))
+    for name, title in (("pixels", "raw pixels"), ("grey pixels", "grey pixels (told that colour is noise)")):
+        table.add_row(title, *[f"{100 * top1[name]:.1f} %"] * len(METHODS))
     for when, title in (("initialised", "random initialisation"), ("trained", "after training")):
         table.add_row(title, *[f"{100 * top1[f'{method} {when}']:.1f} %" for method in METHODS])
     Console().print(table)

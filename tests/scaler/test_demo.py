@@ -92,7 +92,7 @@ def test_a_failure_names_the_command_the_log_and_the_error(tmp_path: Path) -> No
 
 def test_the_table_puts_accuracies_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("simclr initialised", "simclr trained", "dinov2 initialised", "dinov2 trained")
-    print_table({"pixels": 0.2, **dict(zip(names, (0.1, 0.8, 0.15, 0.7), strict=True))})
+    print_table({"pixels": 0.2, "grey pixels": 0.6, **dict(zip(names, (0.1, 0.8, 0.15, 0.7), strict=True))})
     text = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2:4] for line in text.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["random initialisation"]] == ["10.0 %", "15.0 %"]
