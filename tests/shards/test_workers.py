@@ -165,7 +165,8 @@ def test_a_handler_of_the_training_process_is_not_inherited() -> None:
         assert process.poll() is None
         os.kill(pids[0], signal.SIGTERM)
         out, error = process.communicate(timeout=60)
-        assert "caught" not in out and "killed by signal: Terminated" in error
+        assert "caught" not in out
+        assert "killed by signal: Terminated" in error or "exited unexpectedly" in error  # torch says either
         wait_for_end(pids, seconds=60)
     finally:
         process.kill()
