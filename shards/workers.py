@@ -7,6 +7,7 @@ plain one-line ValueError; anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from shards.reader import SampleReader
 
 Batch = dict[str, Any]
 T = TypeVar("T")
+_GRACE = 30  # seconds that a worker goes on after SIGTERM; torchrun gives the main process as many
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,9 @@ def run_workers(
         generator=torch.Generator(),  # DataLoader draws a seed that nobody uses: not from the global generator
     )
     batches = iter(loader)
+    # A traceback may keep this iterator alive until the interpreter ends, which would then wait for the workers.
+    shut_down = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(shut_down)
     try:
         for batch in batches:
             if isinstance(batch, Failure):
@@ -195,10 +200,8 @@ def run_workers(
                 raise error
             yield batch
     finally:
-        # When a traceback keeps the iterator alive, torch would end the workers at some garbage collection, which by
-        # then cannot reach them and waits five seconds for each.
-        if num_workers:
-            getattr(batches, "_shutdown_workers", lambda: None)()
+        atexit.unregister(shut_down)
+        shut_down()
 
 
 def _identity(value: T) -> T:
@@ -206,10 +209,13 @@ def _identity(value: T) -> T:
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker. Signals are the main process's affair: Ctrl-C and Slurm's warning reach the whole group.
+    """One thread a worker. Signals are the main process's affair: Ctrl-C, Slurm's warning and the SIGTERM with which
+    torchrun stops a run reach the whole group, and the main process needs its batches until it has saved.
 
-    torch has replaced an inherited SIGTERM handler by its own already: a worker dies of SIGTERM.
+    Workers end when the main process tells them to, within seconds of its death, which torch has them look for, and in
+    any case `_GRACE` seconds after a SIGTERM.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))

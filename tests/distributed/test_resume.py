@@ -122,7 +122,7 @@ def test_sigterm_saves_and_says_so_then_the_run_goes_on(shards, tmp_path):
     assert start(command(unbroken, ranks=1, strategy="ddp")).wait() == 0
     process = start(command(recipe, ranks=1, strategy="ddp"))
     wait_for_moment(tmp_path / "run", process, step=12, in_save=False)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as Slurm and torchrun do: loader workers get it too
     output, _ = process.communicate()
     assert process.returncode == 75, output
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
