@@ -116,19 +116,20 @@ def test_killed_runs_end_bit_identical(shards, tmp_path, method, ranks, strategy
     assert json.loads((run_dir / "exit.json").read_text())["reason"] == "done"
 
 
-def test_sigterm_saves_and_says_so_then_the_run_goes_on(shards, tmp_path):
+@pytest.mark.parametrize(("ranks", "code"), [(1, 75), (2, 1)])  # torchrun has an exit code of its own
+def test_sigterm_saves_and_says_so_then_the_run_goes_on(shards, tmp_path, ranks, code):
     recipe = recipe_for(tmp_path, "run", "simclr", shards)
     unbroken = recipe_for(tmp_path, "unbroken", "simclr", shards)
-    assert start(command(unbroken, ranks=1, strategy="ddp")).wait() == 0
-    process = start(command(recipe, ranks=1, strategy="ddp"))
+    assert start(command(unbroken, ranks=ranks, strategy="ddp")).wait() == 0
+    process = start(command(recipe, ranks=ranks, strategy="ddp"))
     wait_for_moment(tmp_path / "run", process, step=12, in_save=False)
     os.killpg(process.pid, signal.SIGTERM)  # as Slurm and torchrun do: loader workers get it too
     output, _ = process.communicate()
-    assert process.returncode == 75, output
+    assert process.returncode == code, output
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert left["reason"] == "signal" and left["requeue"] is True and 12 <= left["step"] < STEPS
     assert left["images"] == 24 * left["step"] == rows(tmp_path / "run")[-1]["images"]
-    assert start(command(recipe, ranks=1, strategy="ddp")).wait() == 0
+    assert start(command(recipe, ranks=ranks, strategy="ddp")).wait() == 0
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
 
 
