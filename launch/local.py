@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 from scaler.recipe import find_recipe
 
@@ -29,7 +28,7 @@ def train_command(
     overrides: Sequence[str] = (),
     *,
     processes: int = 1,
-    strategy: Literal["auto", "ddp", "fsdp2"] = "auto",
+    strategy: str = "auto",
 ) -> list[str]:
     """The command that trains `recipe` on `processes` processes of this machine.
 

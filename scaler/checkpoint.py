@@ -69,7 +69,7 @@ class Checkpointer:
         self.wait()
         copies, ranges = {}, {}
         for name, piece in pieces.items():
-            part, start = _share(piece, self.world)
+            part, start = _share(piece)
             if part.numel():
                 copies[name] = part.to("cpu", copy=True)
                 ranges[name] = [start, start + part.numel()]
@@ -272,7 +272,7 @@ def load_method(path: str | Path, method: nn.Module) -> dict[str, Any]:
     verify(folder)
     manifest = read_manifest(folder)
     pieces = {
-        f"method/{name}": Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), replicated=True)
+        f"method/{name}": Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), copy=0, copies=1)
         for name, tensor in method.state_dict().items()
     }
     saved = {name for name in manifest["tensors"] if name.startswith("method/")}
@@ -318,13 +318,11 @@ def _check_names(path: Path, pieces: dict[str, Piece], tensors: dict[str, Any]) 
             )
 
 
-def _share(piece: Piece, world: World) -> tuple[Tensor, int]:
-    """What this rank writes of a piece: all of it, or its share when every rank has the same."""
-    if not piece.replicated:
-        return piece.data, piece.start
-    chunk = -(-piece.data.numel() // world.size)
-    start = min(piece.data.numel(), world.rank * chunk)
-    return piece.data[start : start + chunk], start
+def _share(piece: Piece) -> tuple[Tensor, int]:
+    """What this rank writes of a piece, and where that starts: its share among the ranks that hold the same."""
+    chunk = -(-piece.data.numel() // piece.copies)
+    first = min(piece.data.numel(), piece.copy * chunk)
+    return piece.data[first : first + chunk], piece.start + first
 
 
 def _problem(path: Path, *, world: World) -> str | None:

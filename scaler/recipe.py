@@ -98,14 +98,22 @@ class Schedule(Section):
 class StrategySettings(Section):
     """How the model is laid over processes; changes speed and memory, not results."""
 
-    name: Literal["auto", "ddp", "fsdp2"] = "auto"
+    name: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the launcher's, else fp32")
     micro_batch_size: int | None = Field(None, gt=0, description="images per forward and rank; null: no accumulation")
     activation_checkpointing: Literal["none", "blocks"] | Annotated[int, Field(ge=0)] = "none"
     compile: bool = Field(False, description="torch.compile each block")
     reshard_after_forward: bool = Field(True, description="FSDP2: free a block's weights after its forward")
     cpu_offload: bool = Field(False, description="FSDP2: keep shards in host memory")
-    deepspeed_config: None = Field(None, description="for ZeRO, which this version does not have yet")
+    shard_group: Literal["all", "node"] | Annotated[int, Field(gt=0)] = Field(
+        "all", description="FSDP2: ranks that hold one copy of the model between them; fewer than all: hybrid sharding"
+    )
+    reduce_precision: Literal["fp32", "bf16"] = Field("fp32", description="FSDP2: of gradients on their way")
+    static_graph: bool = Field(False, description="DDP: every step uses the same parameters in the same order")
+    deepspeed_config: str | None = Field(None, description="ZeRO: a DeepSpeed JSON file for what a recipe cannot say")
+    min_ranks: int | None = Field(
+        None, gt=0, description="train on as many ranks as the batch allows, but not on fewer; null: on all or not"
+    )
 
 
 class CheckpointSettings(Section):
@@ -114,6 +122,7 @@ class CheckpointSettings(Section):
     every: IntervalText = "1000 steps"
     keep_last: int = Field(2, gt=0)
     keep_every: DurationText | None = None
+    dir: str | None = Field(None, description="folder or URL (s3://…) of the checkpoints; null: RUN/checkpoints")
     resume: str = Field("auto", description="auto | never | path of a checkpoint or run (used while RUN has none)")
     allow_changes: tuple[str, ...] = Field((), description="dotted recipe keys (or 'data') that may differ on resume")
 
@@ -142,7 +151,9 @@ class Run(Section):
     seed: int = Field(0, ge=0)
     deterministic: bool = False
     stop_after: DurationText | None = Field(None, description="checkpoint and leave at this point of the whole run")
-    max_nonfinite: int = Field(10, gt=0, description="non-finite steps in a row that stop the run")
+    max_nonfinite: int = Field(10, gt=0, description="non-finite steps in a row that end this attempt")
+    max_rewinds: int = Field(1, ge=0, description="times to go back to the last checkpoint after that; then stop")
+    timeout_minutes: float = Field(30.0, gt=0, description="without progress on any rank until the run says who hangs")
 
 
 class Recipe(Section):

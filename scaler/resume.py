@@ -16,6 +16,8 @@ _FREE = (
     "run.stop_after",
     "run.deterministic",
     "run.max_nonfinite",
+    "run.max_rewinds",
+    "run.timeout_minutes",
     "data.shards",
     "data.val_shards",
     "data.num_workers",

@@ -33,7 +33,8 @@ from scaler.recipe import Recipe, StrategySettings, load_recipe
 from scaler.rejections import Rejections
 from scaler.resume import check_continues
 from scaler.strategies import STRATEGIES
-from scaler.strategies.start import resolve_strategy, start_processes
+from scaler.strategies.launcher import resolve_strategy
+from scaler.strategies.processes import start_processes
 from shards.index import ShardIndex, sorted_by_class
 from shards.loader import ShardLoader, accumulation_steps, working_set_bytes
 from shards.order import SampleOrder, default_lanes

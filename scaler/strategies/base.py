@@ -34,13 +34,14 @@ class Piece:
         data: 1-D view of the local values; writing to it changes the state.
         start: index of `data[0]` in the flattened whole tensor.
         shape: shape of the whole tensor.
-        replicated: every rank holds all of it.
+        copy, copies: how many ranks hold this same range, and which of them this one is: they share its writing.
     """
 
     data: Tensor
     start: int
     shape: tuple[int, ...]
-    replicated: bool
+    copy: int
+    copies: int
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,28 @@ class Strategy:
 
         Names and shapes are those of the unwrapped method whatever the strategy.
         """
-        found = {f"method/{name}": _piece(tensor) for name, tensor in self.method.state_dict().items()}
+        found = {f"method/{name}": self._piece(tensor) for name, tensor in self.method.state_dict().items()}
         for group in self.optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 for key, value in self.optimizer.state[parameter].items():
                     if isinstance(value, Tensor):
-                        found[f"optimizer/{name}/{key}"] = _piece(value)
+                        found[f"optimizer/{name}/{key}"] = self._piece(value)
         return found
+
+    def _piece(self, tensor: Tensor) -> Piece:
+        """The flat range of `tensor` on this rank.
+
+        FSDP2 cuts dimension 0 into chunks of ⌈d0/w⌉ rows, the last ones shorter or empty, so a local part is contiguous
+        in the flattened whole.
+        """
+        if not isinstance(tensor, DTensor):
+            assert tensor.is_contiguous(), "state must be contiguous"
+            return Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), copy=self.world.rank, copies=self.world.size)
+        mesh, local = tensor.device_mesh, tensor.to_local()
+        assert mesh.ndim == 1 and tensor.placements[0].is_shard(0), (mesh, tensor.placements)
+        rows = tensor.shape[0]
+        first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
+        return Piece(local.view(-1), first * (tensor.numel() // rows), tuple(tensor.shape), copy=0, copies=1)
 
     def report(self) -> dict[str, Any]:
         """What was engaged: strategy, ranks, precision, optimiser, and how much of the model is on this rank."""
@@ -206,19 +222,3 @@ def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     if not filled:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(filled)).to(device).square().sum()
-
-
-def _piece(tensor: Tensor) -> Piece:
-    """The flat range of `tensor` on this rank.
-
-    FSDP2 cuts dimension 0 into chunks of ⌈d0/w⌉ rows, the last ones shorter or empty, so a local part is contiguous in
-    the flattened whole.
-    """
-    if not isinstance(tensor, DTensor):
-        assert tensor.is_contiguous(), "state must be contiguous"
-        return Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), replicated=True)
-    mesh, local = tensor.device_mesh, tensor.to_local()
-    assert mesh.ndim == 1 and tensor.placements[0].is_shard(0), (mesh, tensor.placements)
-    rows = tensor.shape[0]
-    first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
-    return Piece(local.view(-1), first * (tensor.numel() // rows), tuple(tensor.shape), replicated=False)
