@@ -66,7 +66,8 @@ class TestHost:
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command in this host; signals sent to the result reach the command itself."""
-        return _Inside([*_enter(self.init, "net", "mount", "uts", "pid"), *command], **options)
+        folder = f"wdns={os.path.abspath(options.pop('cwd', '.'))}"  # a mount namespace is entered at its root
+        return _Inside([*_enter(self.init, "net", "mount", "uts", "pid", folder), *command], **options)
 
     def run(self, command: Sequence[str], *, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command in this host to its end and capture its output as text; killed after `timeout` seconds."""
@@ -244,8 +245,9 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _enter(pid: int, *namespaces: str) -> list[str]:
-    return ["nsenter", f"--target={pid}", *(f"--{name}" for name in namespaces), "--"]
+def _enter(pid: int, *options: str) -> list[str]:
+    """The words before a command that run it in the namespaces of process `pid`."""
+    return ["nsenter", f"--target={pid}", *(f"--{option}" for option in options), "--"]
 
 
 def _wait_for_ssh(source: TestHost, target: TestHost, log: Path) -> None:

@@ -37,8 +37,10 @@ def test_a_cable_that_is_pulled_and_put_back() -> None:
         assert one.run(PING).returncode == 255
 
 
-def test_signals_and_exit_codes_of_a_command() -> None:
+def test_folder_environment_signals_and_exit_code_of_a_command(tmp_path: Path) -> None:
     with hosts(1) as (one,):
+        shown = one.run(["sh", "-c", "pwd; echo $WORD; exit 3"], cwd=tmp_path, env={**os.environ, "WORD": "a b"})
+        assert (shown.stdout, shown.returncode) == (f"{tmp_path}\na b\n", 3)
         process = one.popen(["sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"], stdout=-1)
         assert process.stdout.readline() == b"ready\n"
         process.terminate()
