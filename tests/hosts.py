@@ -5,11 +5,11 @@
         process = two.popen([sys.executable, "-m", "…"])
         two.cut()
 
-A host is a set of namespaces: a network of its own (eth0 on a bridge, and loopback), a hostname, /etc/hosts, /etc/ssh
-and process ids. Its process 1 is sshd, and every host accepts the one key that all of them hold. Files are the
-machine's own, so that every folder is shared, as on a cluster with a network file system. Nothing of it can be seen
-from outside, several such networks can be up at once, and when process 1 ends the kernel ends all the host's processes
-and takes its network away; process 1 ends with the test's process, however that ends.
+A host is a set of namespaces: a network of its own (eth0 on a bridge, and loopback), a hostname, names (/etc/hosts),
+/etc/ssh and process ids. Its process 1 is sshd, and every host accepts the one key that all of them hold. Files are
+the machine's own, so that every folder is shared, as on a cluster with a network file system. Nothing of it can be
+seen from outside, several such networks can be up at once, and when process 1 ends the kernel ends all the host's
+processes and takes its network away; process 1 ends with the test's process, however that ends.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind "$1/ssh" /etc/ssh
 mount --bind "$1/hosts" /etc/hosts
+mount --bind "$1/resolv.conf" /etc/resolv.conf
 hostname "$2"
 ip link set lo up
 exec "$3" -D -e -f /etc/ssh/sshd_config
@@ -198,6 +199,7 @@ def _write_etc(folder: Path, addresses: dict[str, str]) -> None:
     """What the hosts see as /etc/hosts and /etc/ssh: one key for hosts and users, and no other way in."""
     lines = [f"{address} {name}" for name, address in addresses.items()]
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{line}\n" for line in lines))
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once; a real one's would time out
     ssh = folder / "ssh"
     ssh.mkdir(mode=0o700)
     for name in ("host_key", "user_key"):
