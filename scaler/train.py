@@ -32,7 +32,7 @@ from scaler.optimizers import build_optimizer
 from scaler.recipe import Recipe, StrategySettings, load_recipe
 from scaler.rejections import Rejections
 from scaler.resume import check_continues
-from scaler.strategies import STRATEGIES
+from scaler.strategies import strategy_class
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import start_processes
 from shards.index import ShardIndex, sorted_by_class
@@ -85,7 +85,7 @@ def run(recipe: Recipe) -> str:
 
     method = build_method(recipe, world=world)
     method.check_layout(num_micro_batches=accumulation, micro_batch_size=micro)
-    strategy = STRATEGIES[settings.name](
+    strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
@@ -110,6 +110,7 @@ def run(recipe: Recipe) -> str:
             path=source,
         )
         load_pieces(source, strategy.pieces())
+        strategy.loaded()
         strategy.loss_scale.load_state_dict(manifest["loss_scale"])
         progress = Progress(step=manifest["step"], images=manifest["images"])
     if world.rank == 0:

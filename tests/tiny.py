@@ -12,7 +12,7 @@ from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Method
 from scaler.optimizers import build_optimizer, set_hyper
 from scaler.recipe import Optim, StrategySettings
-from scaler.strategies import STRATEGIES, Strategy
+from scaler.strategies import Strategy, strategy_class
 
 
 class Block(nn.Module):
@@ -85,7 +85,7 @@ def tiny_strategy(name: str, world: World, *, optimizer: str = "adamw", **settin
     """The tiny method under a strategy, built from seed 0, with clipping that is active."""
     torch.manual_seed(0)
     values = StrategySettings(name=name, **{"precision": "fp32", **settings})
-    strategy = STRATEGIES[name](values, world=world, device=torch.device("cpu"), clip_norm=0.3, deterministic=True)
+    strategy = strategy_class(name)(values, world=world, device=torch.device("cpu"), clip_norm=0.3, deterministic=True)
     optim, method = Optim(name=optimizer, lr=1e-2, weight_decay=0.05), Tiny()
     strategy.prepare(method, lambda: build_optimizer(optim, method.parameter_groups(optim)))
     return strategy

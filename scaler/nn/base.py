@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of n images.
+class Features(NamedTuple):
+    """Features of n images; a tuple, since ZeRO-3 and FSDP2 gather weights for the backward of tensors they can see.
 
     Attributes:
         cls: [n, d], the image's feature: class token after the final norm, or the global average of a CNN.

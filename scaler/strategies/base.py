@@ -1,14 +1,15 @@
 """What a strategy does for the loop: place the method on the processes, run it, step it, and hand out its state.
 
 Everything that is the same wherever the tensors lie is here: autocast, loss scaling, clipping per module on local
-shards, EMA on local shards, and the pieces that checkpoints are made of. A strategy adds how it wraps the method and
-when gradients are exchanged.
+shards, EMA on local shards, and the pieces that checkpoints are made of. A strategy adds how it wraps the method,
+when gradients are exchanged, and where this rank's part of a parameter, its gradient and its optimiser state lies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from scaler.methods.base import Method
 from scaler.strategies.loss_scale import LossScale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,27 @@ class StepResult:
     taken: bool
 
 
+@dataclass(frozen=True)
+class Group:
+    """An optimiser group as the method made it, before a strategy flattens its parameters."""
+
+    names: list[str]
+    parameters: list[nn.Parameter]
+    clip: str
+
+
 class Strategy:
-    """Base of `ddp` and `fsdp2`; `settings` is the recipe's strategy section with every "auto" resolved."""
+    """Base of all strategies; `settings` is the recipe's strategy section with every "auto" resolved.
+
+    Class attributes:
+        name: as in the recipe.
+        sharded: whether a rank holds only a part of the gradients that it steps with.
+        reads: the settings that mean something to this strategy alone; the others are warned about if they are set.
+    """
 
     name: ClassVar[str]
     sharded: ClassVar[bool]
+    reads: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, settings: Any, *, world: World, device: torch.device, clip_norm: float | None, deterministic: bool
@@ -65,14 +84,27 @@ class Strategy:
         self.clip_norm, self.deterministic = clip_norm, deterministic
         self.dtype = DTYPES[settings.precision]
         self.loss_scale = LossScale(enabled=settings.precision == "fp16")
+        self.shard_world = world  # the ranks that hold one copy of the model between them
         self.method: Method
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.groups: list[Group]
+        self._warn_of_unread_settings()
+
+    def _warn_of_unread_settings(self) -> None:
+        fields = type(self.settings).model_fields
+        for key in sorted(_SPECIFIC - self.reads):
+            if self.world.rank == 0 and getattr(self.settings, key) != fields[key].default:
+                warnings.warn(f"strategy.{key} has no effect under {self.name}; leave it out", stacklevel=3)
 
     # ------------------------------------------------------------------ set up
 
-    def prepare(self, method: Method, make_optimizer: Callable[[], torch.optim.Optimizer]) -> None:
-        """Wrap the method, then make its optimiser: the parameters to optimise are those after wrapping."""
+    def prepare(self, method: Method, make_optimizer: MakeOptimizer) -> None:
+        """Wrap the method and make its optimiser, over the parameters that there are when the strategy wants it.
+
+        Raises:
+            ValueError: settings, optimiser and strategy do not fit together.
+        """
         self.method = method.to(self.device)
         blocks = method.blocks()
         for block in blocks[: self._num_checkpointed(len(blocks))]:
@@ -80,38 +112,31 @@ class Strategy:
         if self.settings.compile:
             for block in blocks:
                 block.compile()
-        self.module = self.wrap(method)
-        self.optimizer = make_optimizer()
-        self._create_optimizer_state()
+
+        def make() -> torch.optim.Optimizer:
+            optimizer = make_optimizer()
+            self.groups = [Group(list(g["names"]), list(g["params"]), g["clip"]) for g in optimizer.param_groups]
+            return optimizer
+
+        self.module, self.optimizer = self.wrap(method, make)
+        self.create_optimizer_state()
         self.verify()
 
     def _num_checkpointed(self, num_blocks: int) -> int:
         wanted = self.settings.activation_checkpointing
         return {"none": 0, "blocks": num_blocks}.get(wanted, wanted)
 
-    def wrap(self, method: Method) -> nn.Module:
-        """The module whose call runs the method under this strategy."""
+    def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The module whose call runs the method under this strategy, and the optimiser whose groups the loop sets."""
         raise NotImplementedError
 
     def verify(self) -> None:
         """Assert that what was asked for is what is engaged."""
         raise NotImplementedError
 
-    def _create_optimizer_state(self) -> None:
-        """Give every parameter its optimiser state now, so that a checkpoint can be loaded into it.
-
-        A step with zero gradients at zero learning rate and decay changes no weight; the state is then zeroed.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = 0.0, 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    local_shard(value).zero_()
+    def create_optimizer_state(self) -> None:
+        """Give every parameter its optimiser state now, so that a checkpoint can be loaded into it."""
+        create_state(self.optimizer)
 
     # ------------------------------------------------------------------ one step
 
@@ -136,32 +161,42 @@ class Strategy:
     @torch.no_grad()
     def step(self) -> StepResult:
         """Clip per module, take the optimiser step unless a gradient is not finite, and clear the gradients."""
-        groups: dict[str, list[Tensor]] = defaultdict(list)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    groups[group["clip"]].append(local_shard(parameter.grad))
-        squares = torch.stack([_sum_of_squares(gradients, self.device) for gradients in groups.values()])
+        gradients = self.gradients()
+        squares = torch.stack([_sum_of_squares(tensors, self.device) for tensors in gradients.values()])
         if self.sharded:
-            self.world.sum_(squares)
+            self.shard_world.sum_(squares)
         norms = squares.sqrt() / self.loss_scale.value
         total = float(norms.square().sum().sqrt())
         taken = total < float("inf")
-        if taken:
+        if taken and (self.clip_norm is not None or self.loss_scale.enabled):
             limit = float("inf") if self.clip_norm is None else self.clip_norm
             factors = (limit / (norms + 1e-6)).clamp(max=1.0) / self.loss_scale.value
-            if self.clip_norm is not None or self.loss_scale.enabled:
-                for gradients, factor in zip(groups.values(), factors, strict=True):
-                    torch._foreach_mul_(gradients, factor)
-            self.optimizer.step()
+            for tensors, factor in zip(gradients.values(), factors, strict=True):
+                if tensors:
+                    torch._foreach_mul_(tensors, factor.to(tensors[0].device))
+        self.update(taken=taken)
         self.loss_scale.update(finite=taken)
-        self.optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm=total, taken=taken)
+
+    def gradients(self) -> dict[str, list[Tensor]]:
+        """This rank's part of every gradient that the next update uses, by the module that it is clipped with."""
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for group in self.groups:
+            for parameter in group.parameters:
+                if parameter.grad is not None:
+                    found[group.clip].append(local_shard(parameter.grad))
+        return found
+
+    def update(self, *, taken: bool) -> None:
+        """Take the optimiser step (or not), and clear the gradients."""
+        if taken:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def lerp_(self, targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
         """targets += weight · (sources − targets), on local shards (the EMA of a teacher)."""
-        torch._foreach_lerp_([local_shard(t) for t in targets], [local_shard(s) for s in sources], weight)
+        torch._foreach_lerp_([self.local(t) for t in targets], [self.local(s) for s in sources], weight)
 
     # ------------------------------------------------------------------ state and report
 
@@ -169,30 +204,39 @@ class Strategy:
     def pieces(self) -> dict[str, Piece]:
         """Everything a checkpoint holds, by name: `method/…` and `optimizer/PARAMETER/KEY`.
 
-        Names and shapes are those of the unwrapped method whatever the strategy.
+        Names and shapes are those of the unwrapped method whatever the strategy. After writing to the pieces' data
+        call `loaded`.
         """
-        found = {f"method/{name}": self._piece(tensor) for name, tensor in self.method.state_dict().items()}
-        for group in self.optimizer.param_groups:
-            for name, parameter in zip(group["names"], group["params"], strict=True):
-                for key, value in self.optimizer.state[parameter].items():
-                    if isinstance(value, Tensor):
-                        found[f"optimizer/{name}/{key}"] = self._piece(value)
+        state = self.method.state_dict(keep_vars=True)
+        found = {f"method/{name}": self.piece(tensor) for name, tensor in state.items()}
+        for group in self.groups:
+            for name, parameter in zip(group.names, group.parameters, strict=True):
+                for key, piece in self.optimizer_pieces(parameter).items():
+                    found[f"optimizer/{name}/{key}"] = piece
         return found
 
-    def _piece(self, tensor: Tensor) -> Piece:
-        """The flat range of `tensor` on this rank.
+    def loaded(self) -> None:
+        """Called after the data of `pieces` have been written: bring copies of them up to date."""
 
-        FSDP2 cuts dimension 0 into chunks of ⌈d0/w⌉ rows, the last ones shorter or empty, so a local part is contiguous
-        in the flattened whole.
-        """
-        if not isinstance(tensor, DTensor):
-            assert tensor.is_contiguous(), "state must be contiguous"
-            return Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), copy=self.world.rank, copies=self.world.size)
-        mesh, local = tensor.device_mesh, tensor.to_local()
-        assert mesh.ndim == 1 and tensor.placements[0].is_shard(0), (mesh, tensor.placements)
-        rows = tensor.shape[0]
-        first = min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
-        return Piece(local.view(-1), first * (tensor.numel() // rows), tuple(tensor.shape), copy=0, copies=1)
+    def piece(self, tensor: Tensor) -> Piece:
+        """The flat range of a parameter, buffer or state of the method on this rank."""
+        if isinstance(tensor, DTensor):
+            return dtensor_piece(tensor)
+        assert tensor.is_contiguous(), "state must be contiguous"
+        return Piece(tensor.detach().view(-1), 0, tuple(tensor.shape), copy=self.world.rank, copies=self.world.size)
+
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, Piece]:
+        """The optimiser's state of a trained parameter, by key."""
+        state = self.optimizer.state[parameter]
+        return {key: self.piece(value) for key, value in state.items() if isinstance(value, Tensor)}
+
+    def local(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of a parameter; student's and teacher's are cut alike."""
+        return local_shard(parameter)
+
+    def numel(self, parameter: Tensor) -> int:
+        """Elements of the whole parameter."""
+        return parameter.numel()
 
     def report(self) -> dict[str, Any]:
         """What was engaged: strategy, ranks, precision, optimiser, and how much of the model is on this rank."""
@@ -205,16 +249,54 @@ class Strategy:
             "optimizer": type(self.optimizer).__name__,
             "activation_checkpointing": self.settings.activation_checkpointing,
             "compile": self.settings.compile,
-            "parameters": sum(p.numel() for p in parameters),
-            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "parameters_on_rank_0": sum(local_shard(p).numel() for p in parameters),
-            "sharded_tensors": sum(isinstance(p, DTensor) for p in parameters),
+            "parameters": sum(self.numel(p) for p in parameters),
+            "trained_parameters": sum(self.numel(p) for p in parameters if p.requires_grad),
+            "parameters_on_rank_0": sum(self.local(p).numel() for p in parameters),
+            "sharded": "nothing",
         }
+
+
+# Settings of the recipe's strategy section that only some strategies read.
+_SPECIFIC = frozenset(
+    ("reshard_after_forward", "cpu_offload", "shard_group", "reduce_precision", "static_graph", "deepspeed_config")
+)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
     """The values on this rank: the local part of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of an optimiser its state, all zeros.
+
+    A step with zero gradients at zero learning rate and decay changes no weight; the state is then zeroed.
+    """
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                local_shard(value).zero_()
+
+
+def dtensor_piece(tensor: DTensor) -> Piece:
+    """The flat range of a DTensor on this rank.
+
+    FSDP2 cuts dimension 0 into chunks of ⌈d0/w⌉ rows, the last ones shorter or empty, so a local part is contiguous in
+    the flattened whole. On a mesh of two axes the first one replicates (hybrid sharding).
+    """
+    mesh, local = tensor.device_mesh, tensor.to_local()
+    *replicas, shard = tensor.placements
+    assert shard.is_shard(0) and all(p.is_replicate() for p in replicas) and mesh.ndim <= 2, (mesh, tensor.placements)
+    width, rows = mesh.size(mesh.ndim - 1), tensor.shape[0]
+    first = min(rows, mesh.get_local_rank(mesh.ndim - 1) * -(-rows // width))
+    copy, copies = (mesh.get_local_rank(0), mesh.size(0)) if replicas else (0, 1)
+    return Piece(local.view(-1), first * (tensor.numel() // rows), tuple(tensor.shape), copy=copy, copies=copies)
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaler.methods.base import Method
-from scaler.strategies.base import Strategy
+from scaler.strategies.base import MakeOptimizer, Strategy
 
 # Nothing is broadcast before a forward: buffers are global already (batch norm, centres). torch 2.15 has renamed this.
 _NEW_NAME = "forward_sync_buffers"
@@ -24,22 +25,34 @@ class DDP(Strategy):
 
     name = "ddp"
     sharded = False
+    reads = frozenset({"static_graph"})
 
-    def wrap(self, method: Method) -> nn.Module:
+    def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See `Strategy.wrap`.
 
-        Deterministic runs search for unused parameters, which keeps the first bucket layout: rebuilt buckets would
-        change the order of summation between a run and its resumption.
+        Gradients are views of the buckets, so that there is one copy of them. Deterministic runs search for unused
+        parameters, which keeps the first bucket layout: rebuilt buckets would change the order of summation between a
+        run and its resumption.
+
+        Raises:
+            ValueError: a static graph in a deterministic run, whose buckets it would rebuild.
         """
+        if self.settings.static_graph and self.deterministic:
+            raise ValueError(
+                "strategy.static_graph rebuilds DDP's buckets after the first step, so a resumed run would sum in "
+                "another order; leave out static_graph, or run.deterministic"
+            )
         if self.world.size == 1:
-            return method
-        return DistributedDataParallel(
+            return method, make_optimizer()
+        module = DistributedDataParallel(
             method,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             **_NO_BUFFER_SYNC,
             gradient_as_bucket_view=True,
+            static_graph=self.settings.static_graph,
             find_unused_parameters=self.deterministic,
         )
+        return module, make_optimizer()
 
     def verify(self) -> None:
         """See `Strategy.verify`."""

@@ -1,9 +1,15 @@
-"""FSDP2: parameters, gradients and optimiser state sharded over all ranks by `fully_shard`, block by block."""
+"""FSDP2: parameters, gradients and optimiser state sharded by `fully_shard`, block by block.
+
+With `strategy.shard_group` smaller than all ranks the sharding is hybrid: each group of so many neighbouring ranks (one
+node: "node") holds one copy of the model, and gradients are averaged over the groups.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from scaler.collectives import World
 from scaler.methods.base import Method
-from scaler.strategies.base import Piece, StepResult, Strategy
+from scaler.strategies.base import DTYPES, MakeOptimizer, Piece, StepResult, Strategy
 
 
 class FSDP2(Strategy):
@@ -20,17 +27,28 @@ class FSDP2(Strategy):
 
     name = "fsdp2"
     sharded = True
+    reads = frozenset({"reshard_after_forward", "cpu_offload", "shard_group", "reduce_precision"})
 
-    def wrap(self, method: Method) -> nn.Module:
+    def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See `Strategy.wrap`.
 
-        Weights are gathered, and gradients computed, in the run's precision; gradients are reduced in fp32.
+        Weights are gathered, and gradients computed, in the run's precision; gradients are reduced in
+        `reduce_precision`.
+
+        Raises:
+            ValueError: a shard group that does not divide the ranks.
         """
-        mesh = init_device_mesh(self.device.type, (self.world.size,))
+        width = shard_width(self.settings.shard_group, world_size=self.world.size)
+        if width == self.world.size:
+            mesh = init_device_mesh(self.device.type, (width,))
+        else:
+            shape = (self.world.size // width, width)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+            self.shard_world = World(rank=self.world.rank % width, size=width, group=mesh.get_group("shard"))
         mixed = self.dtype is not torch.float32
         policy = MixedPrecisionPolicy(
             param_dtype=self.dtype if mixed else None,
-            reduce_dtype=torch.float32 if mixed else None,
+            reduce_dtype=DTYPES[self.settings.reduce_precision] if mixed else None,
             cast_forward_inputs=False,
         )
         offload = CPUOffloadPolicy() if self.settings.cpu_offload else OffloadPolicy()
@@ -38,7 +56,7 @@ class FSDP2(Strategy):
         for block in method.blocks():
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
         fully_shard(method, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-        return method
+        return method, make_optimizer()
 
     def verify(self) -> None:
         """See `Strategy.verify`."""
@@ -65,6 +83,15 @@ class FSDP2(Strategy):
         self._reshard()
         return super().pieces()
 
+    def report(self) -> dict[str, Any]:
+        """See `Strategy.report`."""
+        sharded = "parameters, gradients, optimizer, teacher"
+        copies = self.world.size // self.shard_world.size
+        return {
+            **super().report(),
+            "sharded": f"{sharded} over {self.shard_world.size} ranks" + (f", {copies} copies" if copies > 1 else ""),
+        }
+
     @property
     def _root(self) -> FSDPModule:
         assert isinstance(self.module, FSDPModule)
@@ -74,3 +101,20 @@ class FSDP2(Strategy):
         for module in self.method.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def shard_width(group: str | int, *, world_size: int) -> int:
+    """Ranks that hold one copy of the model between them.
+
+    Raises:
+        ValueError: it does not divide the number of ranks.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))  # torchrun's, DeepSpeed's name
+    width = int({"all": world_size, "node": local}.get(str(group), group))
+    if world_size % width:
+        valid = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"strategy.shard_group is {width} ranks, which does not divide {world_size} ranks; valid: "
+            f"{', '.join(map(str, valid))}, or node or all"
+        )
+    return width
