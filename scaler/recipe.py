@@ -110,7 +110,9 @@ class StrategySettings(Section):
     )
     reduce_precision: Literal["fp32", "bf16"] = Field("fp32", description="FSDP2: of gradients on their way")
     static_graph: bool = Field(False, description="DDP: every step uses the same parameters in the same order")
-    deepspeed_config: str | None = Field(None, description="ZeRO: a DeepSpeed JSON file for what a recipe cannot say")
+    deepspeed_config: str | dict[str, Any] | None = Field(
+        None, description="ZeRO: a DeepSpeed JSON file (or its content) for what a recipe cannot say: offload, buckets"
+    )
     min_ranks: int | None = Field(
         None, gt=0, description="train on as many ranks as the batch allows, but not on fewer; null: on all or not"
     )

@@ -42,7 +42,7 @@ def merged_config(settings: Any, *, stage: int, trained_parameters: int) -> dict
     Raises:
         ValueError: the file cannot be read, contradicts the recipe, or asks for what is not supported; names the key.
     """
-    config = _read(settings.deepspeed_config)
+    config = read_config(settings.deepspeed_config)
     source = settings.deepspeed_config if isinstance(settings.deepspeed_config, str) else "the DeepSpeed configuration"
     for key, reason in _REFUSED.items():
         if not _says_nothing(value := _get(config, key)):
@@ -86,7 +86,12 @@ def _ours(settings: Any, *, stage: int) -> Iterator[tuple[str, Any, str]]:
         yield "zero_optimization.stage3_model_persistence_threshold", 0, "the moving average of a teacher"
 
 
-def _read(config: Any) -> dict[str, Any]:
+def read_config(config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """A DeepSpeed configuration from a file, or a copy of one that is given as it is.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no JSON object.
+    """
     if config is None:
         return {}
     if not isinstance(config, str):
