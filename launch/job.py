@@ -1,6 +1,6 @@
 """What every launcher is given, and what it answers.
 
-    job = Job(recipe="dinov2/vitl16_in1k", overrides=("data.shards=shards/train",), strategy="zero2", nodes=4, processes=8)
+    job = Job(recipe="dinov2/vitl16_in1k", overrides=("data.shards=shards/train",), nodes=4, processes=8)
     launch = torchrun.plan(job)
     print(launch.text)
 
@@ -35,6 +35,7 @@ class Job:
         port: at which the processes meet on the first machine.
         max_restarts: how often a group of which a process died is started again.
         environment: variables that every process gets.
+        min_nodes: machines that are enough to go on with when others are lost; None: all of them.
     """
 
     recipe: str
@@ -46,6 +47,7 @@ class Job:
     port: int = 29500
     max_restarts: int = 3
     environment: Mapping[str, str] = field(default_factory=dict)
+    min_nodes: int | None = None
 
     @property
     def train(self) -> list[str]:
@@ -61,8 +63,19 @@ class Launch:
         text: what is printed: complete commands (one a host where they differ) or a whole file, ready to be copied.
         command: what `--run` executes on this machine.
         files: files that `command` needs, path → content; `--run` writes them first.
+        hosts: instead of `command`, what `--run` executes on each host over ssh, all of them at once.
+        min_hosts: how many of `hosts` are enough to go on when others fail; None: all of them.
+        stop_signal: the one signal on which `command` stops its processes; None: any of launch.local.SIGNALS.
     """
 
     text: str
     command: list[str]
     files: Mapping[str, str] = field(default_factory=dict)
+    hosts: Mapping[str, list[str]] = field(default_factory=dict)
+    min_hosts: int | None = None
+    stop_signal: int | None = None
+
+
+def with_variables(values: Mapping[str, str], command: list[str]) -> list[str]:
+    """`command` behind `env`, which sets these variables for it."""
+    return ["env", *(f"{name}={value}" for name, value in values.items()), *command] if values else command

@@ -10,17 +10,18 @@ would start a single process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from scaler.recipe import find_recipe
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+# What asks a training to stop; whoever starts one passes these on.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 def train_command(
@@ -29,6 +30,7 @@ def train_command(
     *,
     processes: int = 1,
     strategy: str = "auto",
+    max_restarts: int = 0,
 ) -> list[str]:
     """The command that trains `recipe` on `processes` processes of this machine.
 
@@ -37,6 +39,7 @@ def train_command(
         overrides: `key=value` words, handed on as they are.
         processes: 1 starts `python -m scaler.train` itself; more go through `accelerate launch`.
         strategy: which of configs/accelerate the launcher reads; auto is ddp.
+        max_restarts: how often Accelerate starts all processes again when one died; one process alone is not.
 
     Raises:
         ValueError: fewer than one process, or no configuration for this strategy.
@@ -46,9 +49,19 @@ def train_command(
     train = ["-m", "scaler.train", recipe, *overrides]
     if processes == 1:
         return [sys.executable, *train]
-    config = _short(find_recipe(f"accelerate/{'ddp' if strategy == 'auto' else strategy}"))
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
-    return [sys.executable, *launcher, *train]
+    launcher = accelerate_command("ddp" if strategy == "auto" else strategy)
+    restarts = ["--max_restarts", str(max_restarts)] if max_restarts else []
+    return [*launcher, "--num_processes", str(processes), *restarts, *train]
+
+
+def accelerate_command(config: str) -> list[str]:
+    """`accelerate launch` by this interpreter with a file of configs/accelerate, named without folder and ending.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = _short(find_recipe(f"accelerate/{config}"))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
 
 
 def environment(processes: int) -> dict[str, str]:
@@ -58,36 +71,48 @@ def environment(processes: int) -> dict[str, str]:
     SIGUSR1 on as it does SIGTERM, so that either saves a checkpoint and leaves.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    signals = ",".join(number.name for number in _FORWARDED)
+    signals = ",".join(number.name for number in SIGNALS)
     defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PET_SIGNALS_TO_HANDLE": signals}
     return {**defaults, **os.environ}
 
 
-def run(command: Sequence[str], *, processes: int = 1) -> int:
+def run(command: Sequence[str], *, processes: int = 1, stop_signal: int | None = None) -> int:
     """Run `command` to its end and return its exit code (128 + n where signal n killed it).
 
     The child gets a session of its own, so that a Ctrl-C reaches it once: passed on from here, like every other signal
     that asks a training to stop.
+
+    Args:
+        command: what to run.
+        processes: that it will start, which share the cores out.
+        stop_signal: what it gets for any of those signals; None: the same one.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals that came before there was a child to pass them to
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int) -> None:
         if child is None:
-            early.append(number)
+            early.append(stop_signal or number)
         else:
-            child.send_signal(number)
+            child.send_signal(stop_signal or number)
 
-    previous = {number: signal.signal(number, pass_on) for number in _FORWARDED}
-    try:
+    with signals_to(pass_on):
         child = subprocess.Popen(command, env=environment(processes), start_new_session=True)
         for number in early:
             child.send_signal(number)
         code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def signals_to(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with each of SIGNALS that this process gets meanwhile."""
+    previous = {number: signal.signal(number, lambda got, frame: handle(got)) for number in SIGNALS}
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
 
 
 def _short(path: Path) -> Path:
