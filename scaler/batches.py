@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scaler.checkpoint import complete_checkpoints, read_manifest
+from scaler.checkpoint import read_manifest, run_checkpoints
 from scaler.collectives import World
 from scaler.recipe import Recipe, load_recipe
 from scaler.train import build_method, build_order
@@ -61,7 +61,7 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
         raise ValueError(f"step {step}: steps count from 1, as in metrics.jsonl")
     recipe = load_run_recipe(run_dir)
     index = ShardIndex.load(recipe.data.shards)
-    for checkpoint in complete_checkpoints(run_dir / "checkpoints")[:1]:
+    for checkpoint in run_checkpoints(run_dir)[:1]:
         fingerprint = read_manifest(checkpoint)["fingerprint"]
         if fingerprint != index.fingerprint:
             raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+from scaler.checkpoint import Location
 
 # What may change between a run and its continuation without changing its results (layout, logging, places), or with an
 # effect that the user asks for by changing it.
@@ -26,7 +27,7 @@ _FREE = (
 
 
 def check_continues(
-    manifest: dict[str, Any], *, recipe: dict[str, Any], fingerprint: str, allowed: Sequence[str], path: Path
+    manifest: dict[str, Any], *, recipe: dict[str, Any], fingerprint: str, allowed: Sequence[str], path: Location
 ) -> None:
     """Refuse to continue a checkpoint with other data or another recipe, unless allowed by name.
 

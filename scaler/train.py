@@ -22,7 +22,7 @@ import torch.distributed as dist
 import yaml
 
 from scaler import schedules
-from scaler.checkpoint import Checkpointer, load_pieces, read_manifest, resolve_checkpoint, verify
+from scaler.checkpoint import Checkpointer, Location, load_pieces, read_manifest
 from scaler.collectives import World
 from scaler.loop import Plan, Progress, train
 from scaler.methods import method_class
@@ -97,6 +97,7 @@ def run(recipe: Recipe) -> str:
         world=world,
         keep_last=recipe.checkpoint.keep_last,
         keep_every=steps(recipe.checkpoint.keep_every) if recipe.checkpoint.keep_every else 0,
+        folder=recipe.checkpoint.dir,
     )
     resolved = resolved_recipe(recipe, index=index, settings=settings)
     progress, source = Progress(), find_start(recipe, checkpointer)
@@ -266,7 +267,7 @@ def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int, 
     )
 
 
-def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Path | None:
+def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Location | None:
     """The checkpoint to start from: the run's own newest, else the one that `checkpoint.resume` names.
 
     Raises:
@@ -281,9 +282,7 @@ def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Path | None:
         )
     if own is not None or resume in ("auto", "never"):
         return own
-    source = resolve_checkpoint(resume)
-    verify(source)
-    return source
+    return checkpointer.named(resume)
 
 
 def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySettings) -> dict[str, Any]:
@@ -303,7 +302,7 @@ def announce(
     order: SampleOrder,
     plan: Plan,
     micro: int,
-    source: Path | None,
+    source: Location | None,
     progress: Progress,
 ) -> None:
     """Print what was really engaged."""

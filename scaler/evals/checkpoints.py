@@ -70,7 +70,7 @@ class EvaluationModel:
 def load_for_evaluation(
     path: str | Path, *, device: torch.device | str | None = None, random_init: bool = False
 ) -> EvaluationModel:
-    """The model of a run directory (its newest complete checkpoint) or of one checkpoint folder.
+    """The model of a run directory (its newest complete checkpoint) or of one checkpoint, URLs included.
 
     Args:
         device: None: the first GPU, or the CPU where there is none.
@@ -79,10 +79,9 @@ def load_for_evaluation(
     Raises:
         ValueError: neither a run nor a checkpoint, damaged files, another architecture.
     """
-    path = Path(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if random_init and (path / "recipe.yaml").is_file():
-        recipe = load_recipe(str(path / "recipe.yaml"))
+    if random_init and Path(path, "recipe.yaml").is_file():
+        recipe = load_recipe(str(Path(path, "recipe.yaml")))
     else:
         folder = resolve_checkpoint(path)
         recipe = parse_recipe(read_manifest(folder)["recipe"], source=str(folder / "manifest.json"))

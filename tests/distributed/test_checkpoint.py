@@ -92,7 +92,7 @@ def test_old_checkpoints_are_removed_but_for_the_multiples_to_keep(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "hole"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run_dir, damage, capsys):
     newest = run_dir / "checkpoints" / "step-00000002"
-    data = newest / "rank-00000.safetensors"
+    data = next(newest.glob("rank-00000*.safetensors"))
     if damage == "flip":
         content = bytearray(data.read_bytes())
         content[len(content) // 2] ^= 1
@@ -116,13 +116,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(run_dir, da
 
 def test_when_all_are_damaged_nothing_starts_from_scratch_in_silence(run_dir):
     for path in complete_checkpoints(run_dir / "checkpoints"):
-        os.truncate(path / "rank-00000.safetensors", 10)
+        os.truncate(next(path.glob("rank-00000*.safetensors")), 10)
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         Checkpointer(run_dir, world=World(), keep_last=5).find()
 
 
 def test_ranges_with_holes_are_refused(run_dir):
-    from scaler.checkpoint import _digest
+    from scaler.checkpoint.manifest import _digest
 
     path = run_dir / "checkpoints" / "step-00000002" / "manifest.json"
     manifest = json.loads(path.read_text())
