@@ -11,7 +11,7 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,11 +25,18 @@ app = typer.Typer(
 )
 evals = typer.Typer(help="Measure what a checkpoint has learned.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(evals, name="eval")
+checkpoints = typer.Typer(help="Look at, check and rewrite checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoints, name="checkpoint")
+benchmarks = typer.Typer(help="Measure what things cost on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(benchmarks, name="bench")
 
 _SHOWN = 20  # rejected files that are listed without --json
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores if not given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run (its newest): path or URL, as s3://….")
+]
 
 
 class WrongUse(ValueError):
@@ -191,6 +198,74 @@ def train(
     raise typer.Exit(run(command, processes=processes))
 
 
+@app.command(epilog="Example: scaler launch torchrun dinov2/vitl16_in1k --hosts hostfile --run strategy.name=fsdp2")
+def launch(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="accelerate, deepspeed, torchrun, slurm or kubernetes.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a short name such as dinov2/demo.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values, as optim.lr=1e-3.")
+    ] = None,
+    hosts: Annotated[Path | None, typer.Option(help="Hostfile: a line `NAME slots=N` for each machine.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines.", show_default="all of the hostfile, else 1")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="On each, one per GPU.", show_default="the hostfile's slots, else 1")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where they meet on the first machine.")] = 29500,
+    max_restarts: Annotated[
+        int | None, typer.Option(min=0, help="Times to start again when a process died.", show_default="3")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For every process; repeatable.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Look at the hosts instead: one line a problem.")] = False,
+    execute: Annotated[bool, typer.Option("--run", help="Look at the hosts, then run it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print exactly what starts a training with a launcher or scheduler, or run it.
+
+    The command is printed for each host where they differ, with the host's name; for a scheduler it is a file.
+    """
+    from launch import KINDS, make_job, plan, run
+    from launch.check import check_hosts
+    from scaler.recipe import load_recipe, nearest
+
+    if kind not in KINDS:
+        raise WrongUse(f"no kind of launch {kind!r}; {nearest(kind, list(KINDS))}")
+    if as_json and execute:
+        raise WrongUse("--json prints what would be run; leave out --run")
+    if kind == "deepspeed" and max_restarts is not None:
+        raise WrongUse(
+            "deepspeed starts no dead process again; use torchrun or accelerate, or leave out --max-restarts"
+        )
+    try:
+        checked = load_recipe(recipe, overrides=overrides or [])
+        job = make_job(
+            recipe,
+            overrides or [],
+            settings=checked.strategy,
+            hostfile=hosts,
+            nodes=nodes,
+            processes=processes,
+            port=port,
+            max_restarts=max_restarts,
+            environment=env or [],
+        )
+        planned = plan(kind, job)
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+    report = check_hosts(job, checked, kind=kind) if check or execute else None
+    if report is not None and not as_json:
+        report.show()
+    if as_json:
+        print(json.dumps({**vars(planned), "problems": report and report.problems}))
+    elif not check:
+        print(planned.text, end="", flush=True)
+    if report is not None and report.problems:
+        raise typer.Exit(1)
+    if execute:
+        raise typer.Exit(run(planned, job))
+
+
 @app.command(epilog="Example: scaler batch runs/first --step 120 --keys")
 def batch(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
@@ -269,6 +344,72 @@ def _print_table(values: dict[str, Any]) -> None:
     for name, value in values.items():
         table.add_row(name, str(value))
     Console().print(table)
+
+
+@checkpoints.command("show", epilog="Example: scaler checkpoint show runs/first --tensors")
+def show_checkpoint(
+    checkpoint: Checkpoint,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Step, images, who saved it, and the size of the method's weights, the teacher's and the optimiser's state."""
+    from scaler.checkpoint.tools import describe
+
+    facts = describe(checkpoint)
+    listed = facts.pop("tensors")
+    if as_json:
+        print(json.dumps({**facts, "tensors": listed} if tensors else facts))
+        return
+    saved_by = ", ".join(f"{key} {value}" for key, value in facts.pop("saved_by").items())
+    sizes = {f"{part} MB": f"{size / 1e6:.2f}" for part, size in facts.pop("bytes").items()}
+    _print_table({**facts, "saved by": saved_by, **sizes, "tensors": len(listed)})
+    if tensors:
+        for name, entry in listed.items():
+            print(name, entry["dtype"], "x".join(map(str, entry["shape"])) or "scalar", sep="\t")
+
+
+@checkpoints.command("verify", epilog="Example: scaler checkpoint verify s3://bucket/run")
+def verify_checkpoint(checkpoint: Checkpoint, as_json: Json = False) -> None:
+    """Read every byte: sizes, sha256, ranges without holes; one line per problem, and exit code 1 if there is any."""
+    from scaler.checkpoint import resolve_checkpoint
+    from scaler.checkpoint.manifest import problems
+
+    location = resolve_checkpoint(checkpoint)
+    found = problems(location)
+    if as_json:
+        print(json.dumps({"checkpoint": str(location), "problems": found}))
+    elif not found:
+        print(f"{location} is whole")
+    else:
+        print("\n".join(found), file=sys.stderr)
+    if found:
+        raise typer.Exit(1)
+
+
+@checkpoints.command(
+    "convert", epilog="Example: scaler checkpoint convert runs/first model.safetensors --part teacher --prefix teacher."
+)
+def convert_checkpoint(
+    source: Checkpoint,
+    destination: Annotated[str, typer.Argument(help="FILE.safetensors of whole weights, or a path or URL to copy to.")],
+    part: Annotated[
+        Literal["method", "student", "teacher", "all"],
+        typer.Option(help="For a file: whose weights; all: the optimiser's state too."),
+    ] = "method",
+    prefix: Annotated[str, typer.Option(help="For a file: only names that begin so, without it.")] = "",
+    files: Annotated[
+        int | None, typer.Option(min=1, help="Otherwise: how many files.", show_default="as many as now")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as one plain safetensors file, or once more as a checkpoint in another place."""
+    from scaler.checkpoint.tools import convert as rewrite
+
+    done = rewrite(source, destination, part=part, prefix=prefix, num_files=files)
+    if as_json:
+        print(json.dumps(done))
+    else:
+        print(f"{done['tensors']} tensors, {done['bytes'] / 1e6:.2f} MB in {done['destination']}")
 
 
 @app.command(epilog="Example: scaler demo --dir demo")
