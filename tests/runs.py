@@ -17,6 +17,7 @@ from shards.convert import convert
 from tests.images import make_image_folder
 
 NUM_IMAGES = 1009  # a prime: it divides by no batch, rank count or lane count
+CLASSES = 5
 BATCH = 96  # 10.5 steps an epoch, so that 20 steps cross a border inside a batch
 
 _VIT = {"backbone": "vit_tiny_patch16_224", "patch_size": 8, "depth": 2, "embed_dim": 36, "num_heads": 3}
@@ -39,12 +40,15 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # At temperature 0.1 these noise images are chaotic: gradient norms of equal runs part by a factor of 2 a step.
     "simclr": {"name": "simclr", **_VIT, "temperature": 0.5, "drop_path": 0.3, "group_size": 4},
+    "supervised": {"name": "supervised", **_VIT, "num_classes": CLASSES, "drop_path": 0.3, "group_size": 4},
+    # A batch-norm network without ReLU, at whose kink the gradient norms of equal runs part by a thousandth.
+    "supervised_cnn": {"name": "supervised", "backbone": "test_efficientnet", "num_classes": CLASSES},
 }
 
 
 def make_shards(folder: Path) -> Path:
     """The 1,009 images as shards of about 100 samples."""
-    make_image_folder(folder / "images", num_images=NUM_IMAGES, classes=5, size=32, format="png", seed=1)
+    make_image_folder(folder / "images", num_images=NUM_IMAGES, classes=CLASSES, size=32, format="png", seed=1)
     convert(folder / "images", folder / "shards", shard_size="350KB", workers=1)
     return folder / "shards"
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 METHODS = {
     "simclr": "scaler.methods.simclr.method:SimCLR",
     "dinov2": "scaler.methods.dinov2.method:DINOv2",
+    "supervised": "scaler.methods.supervised.method:Supervised",
 }
 
 

@@ -28,7 +28,7 @@ Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 
 
 class Method(nn.Module):
-    """Base class of simclr, dinov2, …
+    """Base class of simclr, dinov2, supervised, …
 
     Attributes a subclass sets:
         Settings: pydantic model (extra="forbid") of the recipe's `method:` section, `name` included.
@@ -49,6 +49,13 @@ class Method(nn.Module):
 
     def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
         """Refuse a layout that cannot give the global batch's loss.
+
+        Raises:
+            ValueError: states the rule and the way out.
+        """
+
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Refuse shards whose classes (none: no labels) are not what the method trains on.
 
         Raises:
             ValueError: states the rule and the way out.

@@ -16,13 +16,14 @@ from typing import Any
 
 import timm
 from timm.models import is_model, list_models, model_entrypoint
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from scaler.nn.base import Backbone, Features
 from scaler.nn.init import InitialWeights, init_vit_
 from scaler.nn.vit import PackedViT, can_pack
 
-__all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone"]
+__all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone", "set_small_stem_"]
 
 
 def build_backbone(
@@ -127,6 +128,21 @@ class TimmBackbone(Backbone):
             inner = getattr(stage, "blocks", stage)
             found += list(inner) if isinstance(inner, nn.Sequential | nn.ModuleList) else [stage]
         return found or [child for child in model.children() if any(True for _ in child.parameters())]
+
+
+def set_small_stem_(backbone: Backbone) -> None:
+    """Give a ResNet the stem for small images (SimCLR's on CIFAR): one 3x3 convolution, no stride, no pooling.
+
+    Raises:
+        ValueError: a model without the stem of timm's ResNets.
+    """
+    model: Any = backbone.model if isinstance(backbone, TimmBackbone) else None
+    if not isinstance(model, ResNet):
+        raise ValueError("method.small_stem is for timm's ResNets; leave it off")
+    stem = nn.Conv2d(3, int(model.bn1.num_features), kernel_size=3, padding=1, bias=False)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.add_module("conv1", stem)
+    model.add_module("maxpool", nn.Identity())
 
 
 def _packs(name: str) -> bool:

@@ -1,0 +1,195 @@
+"""What methods with one backbone and a head on its pooled feature have in common: SimCLR, supervised.
+
+A subclass adds its views, its head and its loss.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from scaler.collectives import World
+from scaler.methods.base import Batch, Method
+from scaler.nn.backbones import build_backbone, set_small_stem_
+from scaler.nn.base import Backbone
+from scaler.nn.batch_norm import convert_batch_norm, has_batch_norm
+from scaler.nn.drop_path import kept_rows
+from scaler.nn.moco_v3 import fix_sincos_positions_, freeze_patch_embed_, init_moco_v3_
+from scaler.nn.precision import at_least_fp32
+from scaler.nn.vit import PackedViT
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class PooledSettings(BaseModel):
+    """Settings of the backbone and of how images are cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+    # Backbone
+    backbone: str = Field("resnet50", description="any timm model")
+    small_stem: bool = Field(False, description="ResNets: a 3x3 stem without stride or pooling, for images of 32 px")
+    patch_size: int | None = Field(None, gt=0, description="ViTs: pixels; null: the backbone's own")
+    depth: int | None = Field(None, gt=0, description="ViTs: number of blocks; null: the backbone's own")
+    embed_dim: int | None = Field(None, gt=0, description="ViTs: width; null: the backbone's own")
+    num_heads: int | None = Field(None, gt=0, description="ViTs: attention heads; null: the backbone's own")
+    initial_weights: Literal["published", "fan_in", "moco_v3"] = Field(
+        "published", description="ViTs: DINOv2's, their relatives for narrow models, or MoCo-v3's (q, k, v separate)"
+    )
+    frozen_patch_embed: bool = Field(False, description="ViTs: the patch embedding stays at its initial weights")
+    sincos_positions: bool = Field(False, description="ViTs: fixed two-dimensional sine-cosine positions")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="share of rows that skip a residual branch")
+    group_size: int = Field(64, gt=0, description="ViTs: consecutive images among which drop path chooses its rows")
+
+    # Views
+    crop_scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area of a crop: low, high")
+    flip: Fraction = Field(0.5, description="share of views that are mirrored; 0 where left and right have a meaning")
+    normalize: bool = Field(True, description="by ImageNet's mean and deviation; false: pixels stay in [0, 1]")
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> PooledSettings:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"crop_scale is [low, high] with 0 < low <= high, got {list(self.crop_scale)}")
+        return self
+
+
+class PooledMethod(Method):
+    """The backbone with batch norm over all ranks, its drop path, and the optimiser's groups.
+
+    Raises:
+        ValueError: an unknown backbone, or settings of a ViT or a ResNet for another kind of model.
+    """
+
+    def __init__(self, settings: PooledSettings, *, image_size: int, world: World) -> None:
+        super().__init__(settings, image_size=image_size, world=world)
+        if not settings.normalize:
+            self.normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        backbone = make_backbone(settings, image_size=image_size)
+        self.norms_by_batch = has_batch_norm(backbone)
+        self.backbone = backbone
+        convert_batch_norm(backbone, world)
+
+    def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
+        """See `Method.check_layout`."""
+        if self.norms_by_batch and num_micro_batches > 1:
+            raise ValueError(
+                f"{self.settings.backbone} has batch norm, whose statistics would be those of a micro-batch of "
+                f"{micro_batch_size} images instead of the global batch's: with {num_micro_batches} micro-batches a "
+                f"rank the loss would be another one. Set strategy.micro_batch_size to "
+                f"{micro_batch_size * num_micro_batches}, use more ranks, or take a backbone without batch norm (a ViT)"
+            )
+        if self._drops_rows and micro_batch_size % self.settings.group_size:
+            raise ValueError(
+                f"a micro-batch of {micro_batch_size} images does not hold whole groups of {self.settings.group_size} "
+                "images for drop path: choose a micro-batch that method.group_size divides, or another group_size"
+            )
+
+    def parameter_groups(self, optim: Any) -> list[dict[str, Any]]:
+        """Weights, and without weight decay and LARS adaptation biases, norms, class token and positions.
+
+        Raises:
+            ValueError: layer decay or a patch-embedding multiplier, which these methods do not have.
+        """
+        for name in ("layer_decay", "patch_embed_lr_scale"):
+            if getattr(optim, name) != 1.0:
+                raise ValueError(
+                    f"optim.{name}={getattr(optim, name)} has no effect in {self.settings.name}; leave it at 1.0"
+                )
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups = []
+        for decays in (True, False):
+            chosen = [(name, p) for name, p in trained if _decays(name, p) == decays]
+            groups.append(
+                {
+                    "params": [p for _, p in chosen],
+                    "names": [name for name, _ in chosen],
+                    "lr_scale": 1.0,
+                    "weight_decay_scale": float(decays),
+                    "adapt": decays,
+                    "clip": "model",
+                }
+            )
+        return groups
+
+    def blocks(self) -> list[nn.Module]:
+        """The backbone's blocks."""
+        return self.backbone.blocks()
+
+    def features(self, images: Tensor) -> Tensor:
+        """The backbone's features; the head is for training only."""
+        return self.backbone.pooled(images)
+
+    def _keep(self, batch: Batch, *, copies: int, kind: str, seed: int, step: int) -> Tensor | None:
+        """The rows of `copies` views of each image that run each residual branch, on the CPU; None: all rows."""
+        if not self._drops_rows:
+            return None
+        return kept_rows(
+            batch["positions"].cpu().numpy(),
+            num_blocks=len(self.backbone.blocks()),
+            rate=self.settings.drop_path,
+            group_size=self.settings.group_size,
+            copies=copies,
+            seed=seed,
+            step=step,
+            kind=kind,
+        )
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """Features [n, d] of views [n, 3, h, w], in fp32 or wider."""
+        return at_least_fp32(self.backbone([images], keep=None if keep is None else [keep])[0].cls)
+
+    @property
+    def _drops_rows(self) -> bool:
+        return bool(self.settings.drop_path and self.backbone.is_vit and self.training)
+
+
+def make_backbone(settings: PooledSettings, *, image_size: int) -> Backbone:
+    """The backbone that the settings describe.
+
+    Raises:
+        ValueError: an unknown model, or options that this kind of model does not have.
+    """
+    backbone = build_backbone(
+        settings.backbone,
+        image_size=image_size,
+        drop_path=settings.drop_path,
+        patch_size=settings.patch_size,
+        initial_weights="fan_in" if settings.initial_weights == "fan_in" else "published",
+        depth=settings.depth,
+        embed_dim=settings.embed_dim,
+        num_heads=settings.num_heads,
+    )
+    if settings.small_stem:
+        set_small_stem_(backbone)
+    if isinstance(backbone, PackedViT):
+        if settings.initial_weights == "moco_v3":
+            init_moco_v3_(backbone)
+        if settings.sincos_positions:
+            fix_sincos_positions_(backbone)
+        if settings.frozen_patch_embed:
+            freeze_patch_embed_(backbone)
+        return backbone
+    wanted = {
+        "initial_weights": settings.initial_weights != "published",
+        "frozen_patch_embed": settings.frozen_patch_embed,
+        "sincos_positions": settings.sincos_positions,
+    }
+    refused = [f"method.{key}" for key, value in wanted.items() if value]
+    if refused:
+        raise ValueError(f"{settings.backbone} is no plain ViT and has no {', '.join(refused)}; leave that out")
+    if settings.drop_path:
+        warnings.warn(
+            f"{settings.backbone} draws its drop path per process: curves of different layouts are not comparable",
+            stacklevel=2,
+        )
+    return backbone
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay and LARS adaptation apply: to matrices and kernels, not to tokens and positions."""
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in ("cls_token", "reg_token", "pos_embed")
