@@ -7,7 +7,7 @@ tensor lies, and is checked against both.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from scaler.checkpoint.manifest import in_threads, read_manifest, resolve_checkp
 from scaler.checkpoint.places import Location, folder_at, locate
 from scaler.strategies.base import Piece
 
-RUN = 1 << 25  # most bytes that are read at once
+RUN = 1 << 23  # most bytes that are read at once
 _GAP = 1 << 18  # bytes that are rather read for nothing than asked around
 
 
@@ -136,7 +136,7 @@ def _runs(spans: list[tuple[Span, torch.dtype, Tensor]]) -> Iterator[list[tuple[
         yield run
 
 
-def read_ahead(reads: Iterable[Callable[[], Tensor]], *, threads: int) -> Iterator[Tensor]:
+def read_ahead(reads: Iterable[Callable[[], Tensor]], *, threads: int) -> Generator[Tensor]:
     """The results of `reads` in their order, with a few of them under way."""
     pending: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -45,6 +45,11 @@ class Url:
         """The last part."""
         return self.text.rpartition("/")[2]
 
+    @property
+    def parent(self) -> Url:
+        """What it lies in."""
+        return Url(self.text.rpartition("/")[0])
+
 
 Location = Path | Url
 
@@ -209,6 +214,8 @@ class RemoteFolder(Folder):
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """See `Folder.read_into`."""
+        if not len(buffer):
+            return  # there is no empty range in HTTP: s3fs would give everything from `start` on
         with self._named(name):
             content = self._files.cat_file(self._at(name), start=start, end=start + len(buffer))
         if len(content) != len(buffer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,19 +12,24 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from scaler.checkpoint import Checkpointer, complete_checkpoints, load_method, load_pieces, read_manifest, verify
 from scaler.collectives import World
+from scaler.optimizers import build_optimizer
+from scaler.recipe import Optim, StrategySettings
+from scaler.strategies import strategy_class
 from tests.distributed.helper import run_distributed
 from tests.runs import weights
+from tests.s3 import BUCKET, forbidden, s3_server, use_s3
 from tests.tiny import Tiny, tiny_steps, tiny_strategy
 
 
-def leg(world: World, name: str, folder: str, first: int, optimizer: str) -> list[float]:
+def leg(world: World, name: str, folder: str, first: int, optimizer: str, group: int | str = "all") -> list[float]:
     """Continue from the newest checkpoint, if any, for three steps, and save."""
-    strategy = tiny_strategy(name, world, optimizer=optimizer)
+    strategy = tiny_strategy(name, world, optimizer=optimizer, shard_group=group)
     strategy.method.center += 3.25
     checkpointer = Checkpointer(Path(folder), world=world, keep_last=10)
     source = checkpointer.find()
@@ -87,6 +93,208 @@ def test_old_checkpoints_are_removed_but_for_the_multiples_to_keep(tmp_path):
         checkpointer.save(step=step, pieces=strategy.pieces(), info={})
     checkpointer.wait()
     assert [p.name[-2:] for p in complete_checkpoints(tmp_path / "checkpoints")] == ["10", "09", "08", "04"]
+
+
+def test_ranks_that_hold_the_same_share_its_writing(tmp_path):
+    """Hybrid sharding on four ranks: two copies of each range."""
+    run_distributed(leg, 4, "fsdp2", str(tmp_path), 0, "adamw", 2)
+    path = complete_checkpoints(tmp_path / "checkpoints")[0]
+    manifest = read_manifest(path)
+    sizes = dict.fromkeys(manifest["files"], 0)
+    for entry in manifest["tensors"].values():  # read_manifest has seen that nothing overlaps
+        for start, stop, file in entry["ranges"]:
+            sizes[file] += 4 * (stop - start)
+    assert len(sizes) == 4 and max(sizes.values()) < 0.3 * sum(sizes.values())
+    moved = leg(World(), "ddp", str(tmp_path), 3, "adamw")
+    stayed = tiny_strategy("ddp", World())
+    tiny_steps(stayed, World(), first=0, count=3)
+    assert moved == pytest.approx(tiny_steps(stayed, World(), first=3, count=3), rel=2e-6)
+
+
+class Wide(Tiny):
+    """Tiny with 20 MB of weights more, in the student and in the teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student.wide, self.teacher.wide = torch.nn.Linear(2048, 2501), torch.nn.Linear(2048, 2501)
+        self.teacher.requires_grad_(False)
+
+
+def memory(key: str) -> int:
+    """A value of /proc/self/status in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[key].split()[0])
+
+
+def peak_growth(action) -> int:
+    """Bytes by which this process's resident memory rises at most while `action` runs."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    action()
+    return memory("VmHWM") - before
+
+
+def bytes_read(action) -> int:
+    """Bytes that this process's read calls return while `action` runs."""
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count()
+    action()
+    return count() - before
+
+
+def weigh(world: World, folder: str) -> dict[str, int]:
+    """Memory and reads of what a rank does with checkpoints under FSDP2."""
+    settings = StrategySettings(name="fsdp2", precision="fp32")
+    strategy = strategy_class("fsdp2")(
+        settings, world=world, device=torch.device("cpu"), clip_norm=None, deterministic=True
+    )
+    method, optim = Wide(), Optim(lr=1e-2)
+    strategy.prepare(method, lambda: build_optimizer(optim, method.parameter_groups(optim)))
+    checkpointer = Checkpointer(Path(folder), world=world, keep_last=1)
+
+    def save(step: int) -> None:
+        checkpointer.save(step=step, pieces=strategy.pieces(), info={})
+        checkpointer.wait()
+        world.barrier()
+
+    found = {"first save": peak_growth(lambda: save(1)), "second save": peak_growth(lambda: save(2))}
+    found["hashed"] = bytes_read(checkpointer.find)
+    path = complete_checkpoints(Path(folder, "checkpoints"))[0]
+    found["loading"] = peak_growth(lambda: load_pieces(path, strategy.pieces()))
+    found["loaded"] = bytes_read(lambda: load_pieces(path, strategy.pieces()))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux's /proc")
+def test_no_rank_holds_or_reads_more_than_its_part(tmp_path):
+    ranks = run_distributed(weigh, 3, str(tmp_path))
+    files = read_manifest(complete_checkpoints(tmp_path / "checkpoints")[0])["files"]
+    sizes = [entry["bytes"] for entry in files.values()]
+    total = sum(sizes)
+    assert total > 80e6 and len(sizes) == 3 and max(sizes) < 0.36 * total
+    for found in ranks:
+        assert found["first save"] < 0.45 * total, found
+        assert found["second save"] < 0.1 * total, "host memory is kept from save to save"
+        assert found["hashed"] < 0.37 * total, "the ranks share the hashing"
+        assert found["loading"] < 0.45 * total, found
+        assert 0.3 * total < found["loaded"] < 0.37 * total, found
+
+
+@pytest.fixture
+def bucket():
+    before = dict(os.environ)
+    with s3_server() as endpoint:
+        yield endpoint
+    os.environ.clear()
+    os.environ |= before
+
+
+def remote_leg(world: World, name: str, endpoint: str, url: str, first: int) -> tuple[str | None, list[float]]:
+    """Three steps from the newest checkpoint at a URL, if any, with a save after each."""
+    use_s3(endpoint)
+    strategy = tiny_strategy(name, world)
+    checkpointer = Checkpointer(Path("nowhere"), world=world, keep_last=2, folder=url)
+    source = checkpointer.find()
+    if source is not None:
+        load_pieces(source, strategy.pieces())
+        assert checkpointer.named(url) == checkpointer.named(str(source)) == source
+    losses = []
+    for step in range(first, first + 3):
+        losses += tiny_steps(strategy, world, first=step, count=1)
+        checkpointer.save(step=step + 1, pieces=strategy.pieces(), info={})
+    checkpointer.wait()
+    world.barrier()
+    return source and str(source), losses
+
+
+def test_a_run_in_an_object_store_moves_between_layouts_and_leaves_nothing_behind(bucket):
+    url = f"{BUCKET}/runs/first"
+    files = fsspec.filesystem("s3")
+    files.pipe(f"{url}/step-00000009/rank-00000-dead.safetensors", b"of an attempt that died")
+    first = run_distributed(remote_leg, 2, "fsdp2", bucket, url, 0)
+    second = run_distributed(remote_leg, 3, "ddp", bucket, url, 3)
+    assert [first[0][0], second[2][0]] == [None, f"{url}/step-00000003"]
+    stayed = tiny_steps(tiny_strategy("ddp", World()), World(), first=0, count=6)
+    assert first[0][1] + second[0][1] == pytest.approx(stayed, rel=2e-6)
+    assert [str(path) for path in complete_checkpoints(url)] == [f"{url}/step-00000006", f"{url}/step-00000005"]
+    files.invalidate_cache()
+    left = {f"s3://{name}" for name in files.find(url)}
+    wanted = {f"{path}/manifest.json" for path in complete_checkpoints(url)}
+    wanted |= {f"{path}/{file}" for path in complete_checkpoints(url) for file in read_manifest(path)["files"]}
+    assert left == wanted and len(left) == 8
+    # Damage is found there too, and the one before is used.
+    damaged = f"{url}/step-00000006/{max(read_manifest(f'{url}/step-00000006')['files'])}"
+    content = bytearray(files.cat(damaged))
+    content[-5] ^= 4
+    files.pipe(damaged, bytes(content))
+    assert str(Checkpointer(Path("nowhere"), world=World(), keep_last=2, folder=url).find()) == f"{url}/step-00000005"
+
+
+def test_a_store_that_refuses_is_one_line_with_what_is_left(bucket, tmp_path):
+    strategy = tiny_strategy("ddp", World())
+    url = f"{BUCKET}/run"
+    checkpointer = Checkpointer(tmp_path, world=World(), keep_last=2, folder=url)
+    checkpointer.save(step=1, pieces=strategy.pieces(), info={})
+    checkpointer.wait()
+    with forbidden(bucket):
+        checkpointer.save(step=2, pieces=strategy.pieces(), info={})
+        with pytest.raises(
+            ValueError, match=rf"could not save .* {BUCKET}/run: {BUCKET}/run/step-00000002/rank.*"
+        ) as e:
+            checkpointer.wait()
+        assert "cannot be read either" in str(e.value) and "\n" not in str(e.value)
+        with pytest.raises(ValueError, match=f"cannot use the checkpoints in {BUCKET}/run: .*write-test"):
+            Checkpointer(tmp_path, world=World(), keep_last=2, folder=url)
+        with pytest.raises(ValueError, match=f"cannot use the checkpoints in {BUCKET}/run"):
+            checkpointer.find()  # which says nothing of damage
+    assert str(checkpointer.find()) == f"{url}/step-00000001"
+    with pytest.raises(ValueError, match=r"cannot use the checkpoints in s3://no-such-bucket/run: .*does not exist"):
+        Checkpointer(tmp_path, world=World(), keep_last=2, folder="s3://no-such-bucket/run")
+
+
+def limited_on_rank_1(world: World, folder: str) -> str:
+    """What a rank hears of a save that does not fit where rank 1 writes."""
+    strategy = tiny_strategy("fsdp2", world)
+    checkpointer = Checkpointer(Path(folder), world=world, keep_last=2)
+    if world.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    world.barrier()
+    checkpointer.save(step=1, pieces=strategy.pieces(), info={})
+    try:
+        checkpointer.wait()
+    except ValueError as error:
+        return str(error)
+    finally:
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "nothing"
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_cannot_write(tmp_path):
+    zero, one = run_distributed(limited_on_rank_1, 2, str(tmp_path), timeout=60)
+    assert "rank-00001" in zero
+    for message in (zero, one):
+        assert "File too large" in message and "there is no complete checkpoint yet" in message
+    assert complete_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_step_may_be_saved_again(run_dir):
+    """After going back, by another process and then by the same one."""
+    path = run_dir / "checkpoints" / "step-00000002"
+    strategy = tiny_strategy("ddp", World())
+    checkpointer = Checkpointer(run_dir, world=World(), keep_last=5)
+    for images in (1, 2):
+        before = read_manifest(path)["files"]
+        checkpointer.save(step=2, pieces=strategy.pieces(), info={"images": images})
+        checkpointer.wait()
+        verify(path)
+        manifest = read_manifest(path)
+        assert manifest["images"] == images and not before.keys() & manifest["files"].keys()
+        assert {p.name for p in path.iterdir()} == {"manifest.json", *manifest["files"]}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "hole"])
