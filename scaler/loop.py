@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -20,7 +17,9 @@ from scaler.methods.base import Batch, Hyper, Method
 from scaler.metrics import MetricsLog, Throughput, memory_gib
 from scaler.optimizers import set_hyper
 from scaler.rejections import Rejections
+from scaler.signals import StopSignals
 from scaler.strategies import Strategy
+from scaler.watch import Watch
 from shards.random import keyed_bits
 
 
@@ -60,6 +59,8 @@ def train(
     checkpoint_info: Callable[[], dict[str, Any]],
     rejections: Rejections,
     log: MetricsLog,
+    signals: StopSignals,
+    watch: Watch,
     world: World,
     device: torch.device,
 ) -> str:
@@ -69,25 +70,28 @@ def train(
         Why it ended: "done", "stop_after" or "signal".
 
     Raises:
-        ValueError: too many rejected samples or non-finite steps, a checkpoint that cannot be written.
+        NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
+        ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
     meter, agreement = Throughput(), Agreement(world, count=3)
     nonfinite, stop, saved_at, last_save = 0, 0, progress.step, time.monotonic()
 
     def save() -> None:
         nonlocal saved_at, last_save
+        watch.beat("save", step=progress.step)
         rejections.exchange(log)
         log.sync()
         checkpointer.save(step=progress.step, pieces=strategy.pieces(), info=checkpoint_info())
         saved_at, last_save = progress.step, time.monotonic()
 
-    with StopSignals() as signals:
+    with signals:
         while progress.step < plan.stop_step:
             step = progress.step
             hyper = hyper_at(step)
             set_hyper(strategy.optimizer, hyper)
 
             # Data: this rank's micro-batches of the global batch, augmented on the device.
+            watch.beat("data", step=step + 1)
             with meter.waiting():
                 raw = list(itertools.islice(loader, plan.num_micro_batches))
             rejections.add(step + 1, raw)
@@ -100,20 +104,25 @@ def train(
             if method.observes(len(raw)):
                 observations = []
                 for i in range(len(raw)):
+                    watch.beat("observe", step=step + 1)
                     reseed(plan.seed, step, world.rank, i)
                     observations.append(strategy("observe", prepare(i), hyper))
+                watch.beat("combine", step=step + 1)
                 targets = strategy("combine", observations, hyper)
 
             # Gradients, micro-batch by micro-batch.
             metrics = []
             for i, target in enumerate(targets):
+                watch.beat("learn", step=step + 1)
                 reseed(plan.seed, step, world.rank, i)
                 with strategy.accumulate(last=i == len(raw) - 1):
                     out = strategy("learn", prepare(i), target, hyper)
-                    strategy.backward(out["loss"] / len(raw))
+                    watch.beat("backward", step=step + 1)
+                    strategy.backward(nan_unless_finite(out["loss"]) / len(raw))
                 metrics.append(out["metrics"])
 
             # The update, and what follows it (the teacher).
+            watch.beat("update", step=step + 1)
             result = strategy.step()
             if result.taken:
                 method.after_step(hyper, strategy.lerp_)
@@ -124,15 +133,15 @@ def train(
             nonfinite = 0 if result.taken or not strategy.loss_scale.exhausted else nonfinite + 1
             if nonfinite:
                 log.note(
-                    f"step {step + 1}: the gradient is not finite; the step was not taken "
+                    f"step {step + 1}: the loss or gradient is not finite; the step was not taken "
                     f"(its samples: scaler batch RUN --step {step + 1})"
                 )
             if nonfinite == plan.max_nonfinite:
-                raise ValueError(
-                    f"{nonfinite} steps in a row had non-finite gradients (until step {step + 1}): "
-                    "lower optim.lr, lengthen schedule.warmup, or use strategy.precision=fp32 or bf16"
-                )
+                agreement.last()
+                checkpointer.wait()
+                raise NonFinite(first=step + 2 - nonfinite, last=step + 1)
 
+            watch.beat("log", step=step + 1)
             if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
                 row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}
                 means, pending = reduce_metrics(metrics, rejections.pending, world)
@@ -145,21 +154,40 @@ def train(
                 log.progress(progress.step, {})
 
             # What all ranks do together, one step after the first of them wanted it.
+            watch.beat("agree", step=step + 1)
             due = bool(plan.save_minutes) and time.monotonic() - last_save > 60 * plan.save_minutes
             stop, clock_due, rejected = agreement.exchange([signals.received, int(due), rejections.pending])
             if rejected:
                 rejections.exchange(log)
             if stop:
                 break
-            if clock_due or (plan.save_every and progress.step % plan.save_every == 0):
+            step_due = bool(plan.save_every) and progress.step % plan.save_every == 0
+            if (clock_due or step_due) and not nonfinite:  # a fault may have left its mark on buffers too
                 save()
             checkpointer.check()
 
+        watch.beat("end", step=progress.step)
         agreement.last()
         if saved_at != progress.step or progress.step == 0:
             save()
         checkpointer.wait()
     return "done" if progress.step >= plan.total_steps else "signal" if stop else "stop_after"
+
+
+class NonFinite(ValueError):
+    """So many steps in a row had a loss or gradient that is not finite that the run must go back, or stop."""
+
+    def __init__(self, *, first: int, last: int) -> None:
+        super().__init__(
+            f"steps {first} to {last} had non-finite losses or gradients and were not taken; see their samples with "
+            f"`scaler batch RUN --step {first}`, and lower optim.lr, lengthen schedule.warmup, or use "
+            "strategy.precision=fp32 or bf16"
+        )
+
+
+def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with gradients that are not finite either where it is not, so that no rank takes the step."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -178,24 +206,3 @@ def reduce_metrics(metrics: list[dict[str, torch.Tensor]], count: int, world: Wo
     values = torch.stack([torch.stack([m[name].double() for name in metrics[0]]) for m in metrics]).mean(dim=0)
     totals = world.sum_(torch.cat([values, values.new_tensor([count])])).tolist()
     return dict(zip(metrics[0], (total / world.size for total in totals[:-1]), strict=True)), int(totals[-1])
-
-
-class StopSignals:
-    """While active, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end instead of killing the process."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number

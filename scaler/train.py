@@ -4,16 +4,19 @@
     torchrun --nproc-per-node 8 -m scaler.train configs/dinov2/vitl16_in1k.yaml data.shards=…
     accelerate launch --config_file configs/accelerate/fsdp2.yaml -m scaler.train dinov2/demo data.shards=…
 
-Exit codes: 0 the run is done (or reached run.stop_after), 75 a signal stopped it after a checkpoint (start it again to
-go on), 2 wrong use, 1 failure. RUN/exit.json says the same in words.
+Exit codes: 0 the run is done (or reached run.stop_after), 75 a signal (or the end of its launcher) stopped it after a
+checkpoint (start it again to go on), 2 wrong use, 1 failure. RUN/exit.json says the same in words.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,9 @@ import yaml
 from scaler import schedules
 from scaler.checkpoint import Checkpointer, Location, load_pieces, read_manifest
 from scaler.collectives import World
-from scaler.loop import Plan, Progress, train
+from scaler.layout import Layout, batch_layout, elastic_layout
+from scaler.lock import hold
+from scaler.loop import NonFinite, Plan, Progress, train
 from scaler.methods import method_class
 from scaler.methods.base import Hyper, Method
 from scaler.metrics import MetricsLog
@@ -32,14 +37,17 @@ from scaler.optimizers import build_optimizer
 from scaler.recipe import Recipe, StrategySettings, load_recipe
 from scaler.rejections import Rejections
 from scaler.resume import check_continues
+from scaler.signals import StopSignals
 from scaler.strategies import strategy_class
+from scaler.strategies.fsdp2 import shard_width
 from scaler.strategies.launcher import resolve_strategy
-from scaler.strategies.processes import start_processes
+from scaler.strategies.processes import Meeting, dismiss, join, meet, wait_for_end
+from scaler.watch import Watch
 from shards.index import ShardIndex, sorted_by_class
-from shards.loader import ShardLoader, accumulation_steps, working_set_bytes
+from shards.loader import ShardLoader, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 
-INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,46 +60,113 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(arguments[0], overrides=arguments[1:])
     except ValueError as error:
         return _fail(error, code=2)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     try:
-        reason = run(recipe)
+        code = EXIT_CODES[run(recipe)]
     except (ValueError, OSError) as error:
-        # Leave at once: a collective shutdown would wait for ranks that are still working.
         code = _fail(error, code=1)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            sys.stdout.flush()
-            os._exit(code)
-        return code
+    except Exception as error:
+        if alone:
+            raise
+        traceback.print_exc()
+        code = _fail(error, code=1)
     finally:
-        if dist.is_initialized():
+        if alone and dist.is_initialized():
             dist.destroy_process_group()
-    return INTERRUPTED if reason == "signal" else 0
+    if code == EXIT_CODES["error"] and not alone:  # at once: an orderly end would wait for ranks that are still working
+        sys.stdout.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 def run(recipe: Recipe) -> str:
-    """Run a recipe in this process and its peers; returns why it ended (see `scaler.loop.train`).
+    """Run a recipe in this process and its peers; returns why it ended (a key of `EXIT_CODES`).
 
     Raises:
         ValueError: the recipe, the data, the launcher and the machine do not fit together; says how to mend it.
     """
     settings = resolve_strategy(recipe.strategy)
-    world, device = start_processes()
     make_deterministic(recipe.run.deterministic)
-    run_dir = Path(recipe.run.dir)
+    run_dir, minutes = Path(recipe.run.dir), recipe.run.timeout_minutes
+    with Watch(timeout=60 * minutes, rank=int(os.environ.get("RANK", "0"))) as watch:
+        meeting = meet(say=watch.beat)
+        with run_directory(run_dir, rank=meeting.rank), said_where(watch):
+            layout = choose_layout(recipe, settings, meeting=meeting)
+            if meeting.rank >= layout.ranks:
+                watch.share(rank=meeting.rank, world_size=1, store=None, folder=run_dir)
+                return wait_for_end(meeting, tick=lambda: watch.beat("idle"))
+            # Twice the watch's time: it is to speak first, also when a slow rank begins to hang late.
+            world, device = join(meeting, ranks=layout.ranks, timeout_minutes=2 * minutes + 1)
+            watch.share(
+                rank=world.rank,
+                world_size=world.size,
+                store=meeting.store,
+                folder=run_dir,  # held by rank 0, without whom nobody has joined
+                on_end=lambda line: write_exit(run_dir, reason="error", error=line) if world.rank == 0 else None,
+            )
+            reason, signals = "error", StopSignals()
+            try:
+                for left in range(recipe.run.max_rewinds, -1, -1):
+                    try:
+                        reason = attempt(
+                            recipe,
+                            settings,
+                            layout=layout,
+                            started=meeting.size,
+                            signals=signals,
+                            watch=watch,
+                            world=world,
+                            device=device,
+                        )
+                        break
+                    except NonFinite as error:
+                        if not left:
+                            tried = f" (also after {recipe.run.max_rewinds} times back to the last checkpoint)"
+                            raise ValueError(f"{error}{tried if recipe.run.max_rewinds else ''}") from None
+                        if world.rank == 0:
+                            print(f"{error}. Going back to the last checkpoint, in case it was a passing fault")
+                    gc.collect()  # the model, before it is built again
+            finally:
+                dismiss(meeting, ranks=layout.ranks, reason=reason)
+        return reason
 
+
+def attempt(
+    recipe: Recipe,
+    settings: StrategySettings,
+    *,
+    layout: Layout,
+    started: int,
+    signals: StopSignals,
+    watch: Watch,
+    world: World,
+    device: torch.device,
+) -> str:
+    """Build everything, go on from the newest checkpoint if there is one, and train; returns why it ended.
+
+    Raises:
+        NonFinite: too many steps in a row; another attempt goes on from the last checkpoint.
+        ValueError: see `run`.
+    """
+    run_dir = Path(recipe.run.dir)
+    watch.beat("reading the index")
     index = ShardIndex.load(recipe.data.shards)
     order = build_order(recipe, index)
     batch = recipe.data.global_batch_size
-    micro, accumulation = batch_layout(batch, micro_batch_size=settings.micro_batch_size, world_size=world.size)
 
+    watch.beat("building the model")
     method = build_method(recipe, world=world)
-    method.check_layout(num_micro_batches=accumulation, micro_batch_size=micro)
+    method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
 
     steps = step_counter(recipe, num_samples=index.num_samples)
-    plan = make_plan(recipe, steps=steps, num_samples=index.num_samples, num_micro_batches=accumulation)
+    plan = make_plan(recipe, steps=steps, num_samples=index.num_samples, num_micro_batches=layout.num_micro_batches)
+    watch.beat("looking for checkpoints")
     checkpointer = Checkpointer(
         run_dir,
         world=world,
@@ -110,6 +185,7 @@ def run(recipe: Recipe) -> str:
             allowed=recipe.checkpoint.allow_changes,
             path=source,
         )
+        watch.beat("loading the checkpoint")
         load_pieces(source, strategy.pieces())
         strategy.loaded()
         strategy.loss_scale.load_state_dict(manifest["loss_scale"])
@@ -123,7 +199,7 @@ def run(recipe: Recipe) -> str:
         views=method.views,
         seed=recipe.run.seed,
         global_batch_size=batch,
-        micro_batch_size=micro,
+        micro_batch_size=layout.micro_batch_size,
         rank=world.rank,
         world_size=world.size,
         num_workers=recipe.data.num_workers,
@@ -141,6 +217,7 @@ def run(recipe: Recipe) -> str:
         recipe=resolved,
     )
     rejections.load(run_dir / "rejected.jsonl")
+    watch.beat("starting")
     try:
         announce(
             log,
@@ -149,7 +226,8 @@ def run(recipe: Recipe) -> str:
             index=index,
             order=order,
             plan=plan,
-            micro=micro,
+            layout=layout,
+            started=started,
             source=source,
             progress=progress,
         )
@@ -170,6 +248,8 @@ def run(recipe: Recipe) -> str:
             },
             rejections=rejections,
             log=log,
+            signals=signals,
+            watch=watch,
             world=world,
             device=device,
         )
@@ -184,8 +264,7 @@ def run(recipe: Recipe) -> str:
     finally:
         log.close()
     if world.rank == 0:
-        state = {"reason": reason, "requeue": reason == "signal", "step": progress.step, "images": progress.images}
-        (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
+        write_exit(run_dir, reason=reason, step=progress.step, images=progress.images)
     return reason
 
 
@@ -237,14 +316,62 @@ def hyper_at(recipe: Recipe, method: Method, step: int, *, steps: Callable[[str]
 # ---------------------------------------------------------------------- helpers of `run`
 
 
-def batch_layout(global_batch_size: int, *, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) such that micro-batch × accumulation × ranks is the global batch.
+@contextlib.contextmanager
+def run_directory(run_dir: Path, *, rank: int) -> Iterator[None]:
+    """Rank 0 has the run directory to itself, and leaves in exit.json why the run failed, if it does.
 
     Raises:
-        ValueError: it does not multiply out; names the nearest values that do.
+        ValueError: another run writes there.
     """
-    micro = micro_batch_size or max(1, global_batch_size // world_size)
-    return micro, accumulation_steps(global_batch_size, micro_batch_size=micro, world_size=world_size)
+    if rank != 0:
+        yield
+        return
+    with hold(run_dir):
+        (run_dir / "exit.json").unlink(missing_ok=True)  # of an earlier start
+        try:
+            yield
+        except Exception as error:
+            write_exit(run_dir, reason="error", error=str(error).splitlines()[0] if str(error) else repr(error))
+            raise
+
+
+def write_exit(run_dir: Path, *, reason: str, **more: Any) -> None:
+    """RUN/exit.json: why the run ended, and whether to start it again."""
+    state = {"reason": reason, "requeue": reason == "signal", **more}
+    (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
+
+
+@contextlib.contextmanager
+def said_where(watch: Watch) -> Iterator[None]:
+    """What goes wrong without being the user's mistake (a peer that is gone) says on which rank and in which phase."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RuntimeError(f"{watch.where()}: {first}") from error
+
+
+def choose_layout(recipe: Recipe, settings: StrategySettings, *, meeting: Meeting) -> Layout:
+    """How the global batch is laid over those who met: over all, or with `strategy.min_ranks` over as many as can.
+
+    Raises:
+        ValueError: it cannot; says how it could.
+    """
+    batch, micro = recipe.data.global_batch_size, settings.micro_batch_size
+    if settings.min_ranks is None or meeting.store is None:
+        return batch_layout(batch, micro_batch_size=micro, ranks=meeting.size)
+    method = build_method(recipe, world=World())
+
+    def check(layout: Layout) -> None:
+        method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
+        if settings.name == "fsdp2":
+            shard_width(settings.shard_group, world_size=layout.ranks)
+
+    return elastic_layout(
+        batch, micro_batch_size=micro, started=meeting.size, min_ranks=settings.min_ranks, check=check
+    )
 
 
 def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int, num_micro_batches: int) -> Plan:
@@ -301,7 +428,8 @@ def announce(
     index: ShardIndex,
     order: SampleOrder,
     plan: Plan,
-    micro: int,
+    layout: Layout,
+    started: int,
     source: Location | None,
     progress: Progress,
 ) -> None:
@@ -309,9 +437,13 @@ def announce(
     log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
     log.note(
         f"{recipe.method.name}: {plan.num_samples} images, global batch {plan.global_batch_size} = "
-        f"{report['ranks']} ranks × {plan.num_micro_batches} micro-batches × {micro}, {plan.total_steps} steps "
+        f"{layout.ranks} ranks × {layout.num_micro_batches} micro-batches × {layout.micro_batch_size}, "
+        f"{plan.total_steps} steps "
         f"({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs), in {recipe.run.dir}"
     )
+    if started > layout.ranks:
+        idle = started - layout.ranks
+        log.note(f"{layout.ranks} of {started} ranks train, {idle} idle: the batch can be laid over no more of them")
     gib = working_set_bytes(index, order) / 2**30
     log.note(f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)")
     if (advice := sorted_by_class(index)) is not None:

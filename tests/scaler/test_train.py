@@ -12,7 +12,7 @@ import yaml
 from scaler.checkpoint import complete_checkpoints
 from scaler.collectives import World
 from scaler.recipe import load_recipe
-from scaler.train import batch_layout, build_method, hyper_at, main, step_counter
+from scaler.train import build_method, hyper_at, main, step_counter
 from tests.runs import METHODS, make_shards, rows, weights, write_recipe
 
 
@@ -115,20 +115,6 @@ def test_hyper_values_of_vitl_by_hand():
     assert at[0]["weight_decay"] == pytest.approx(0.04) and at[125_000]["weight_decay"] == pytest.approx(0.4)
     assert at[0]["momentum"] == pytest.approx(0.992) and at[125_000]["momentum"] == 1.0
     assert at[0]["teacher_temperature"] == 0.04 and at[68_750]["teacher_temperature"] == 0.07
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "ranks", "expected"), [(96, None, 3, (32, 1)), (96, 8, 3, (8, 4)), (7, None, 1, (7, 1))]
-)
-def test_batches_multiply_out(batch, micro, ranks, expected):
-    assert batch_layout(batch, micro_batch_size=micro, world_size=ranks) == expected
-
-
-@pytest.mark.parametrize(("batch", "micro", "ranks"), [(96, 7, 1), (100, None, 3), (2, None, 3), (96, 40, 2)])
-def test_batches_that_do_not_are_refused_with_the_nearest_choice(batch, micro, ranks):
-    with pytest.raises(ValueError, match="nearest valid choices") as error:
-        batch_layout(batch, micro_batch_size=micro, world_size=ranks)
-    assert str(batch) in str(error.value)
 
 
 def test_wrong_use(capfd, finished):
