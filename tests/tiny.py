@@ -81,11 +81,15 @@ class Tiny(Method):
         lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 0.1)
 
 
-def tiny_strategy(name: str, world: World, *, optimizer: str = "adamw", **settings: Any) -> Strategy:
+def tiny_strategy(
+    name: str, world: World, *, optimizer: str = "adamw", deterministic: bool = True, **settings: Any
+) -> Strategy:
     """The tiny method under a strategy, built from seed 0, with clipping that is active."""
     torch.manual_seed(0)
     values = StrategySettings(name=name, **{"precision": "fp32", **settings})
-    strategy = strategy_class(name)(values, world=world, device=torch.device("cpu"), clip_norm=0.3, deterministic=True)
+    strategy = strategy_class(name)(
+        values, world=world, device=torch.device("cpu"), clip_norm=0.3, deterministic=deterministic
+    )
     optim, method = Optim(name=optimizer, lr=1e-2, weight_decay=0.05), Tiny()
     strategy.prepare(method, lambda: build_optimizer(optim, method.parameter_groups(optim)))
     return strategy

@@ -279,9 +279,11 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for state in optimizer.state.values():
-        for value in state.values():
+        for key, value in state.items():
             if isinstance(value, Tensor):
                 local_shard(value).zero_()
+            elif key == "step":  # DeepSpeed's CPU Adam counts in a plain integer
+                state[key] = torch.tensor(0)
 
 
 def dtensor_piece(tensor: DTensor) -> Piece:

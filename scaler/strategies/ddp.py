@@ -60,7 +60,16 @@ class DDP(Strategy):
 
     @contextlib.contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:
-        """See `Strategy.accumulate`."""
+        """See `Strategy.accumulate`.
+
+        Raises:
+            ValueError: accumulation with a static graph, which torch cannot do.
+        """
+        if self.settings.static_graph and not last:
+            raise ValueError(
+                "strategy.static_graph does not go with accumulation (more than one micro-batch per rank): torch's DDP "
+                "fails on it; leave it out, or raise strategy.micro_batch_size"
+            )
         if last or not isinstance(self.module, DistributedDataParallel):
             yield
         else:

@@ -50,6 +50,12 @@ def merged_config(settings: Any, *, stage: int, trained_parameters: int) -> dict
                 f"{source}: {key} is {value!r}, which has no effect or is not supported ({reason}); remove it"
             )
         _remove(config, key)
+    for what in ("offload_optimizer", "offload_param"):
+        if offload_device(config, what) == "nvme":
+            raise ValueError(
+                f"{source}: zero_optimization.{what} goes to nvme, where neither clipping per module, a teacher's moving "
+                "average nor a portable checkpoint can reach it; use device cpu"
+            )
     for key, value, said_by in _ours(settings, stage=stage):
         theirs = _get(config, key)
         if theirs not in (None, "auto", value):

@@ -10,7 +10,7 @@ import torch
 from scaler.collectives import World
 from scaler.optimizers import build_optimizer, set_hyper
 from scaler.recipe import Optim, StrategySettings
-from scaler.strategies import STRATEGIES
+from scaler.strategies import strategy_class
 from tests.distributed.helper import run_distributed
 from tests.scaler.methods.dinov2.tiny import micro_batches, tiny_method
 
@@ -22,7 +22,7 @@ def losses(world: World, name: str, changes: dict[str, Any], settings: dict[str,
     method = tiny_method(world, **changes)
     optim = Optim(lr=2e-3, weight_decay=0.1, layer_decay=0.9, patch_embed_lr_scale=0.2, clip_norm=0.5)
     values = StrategySettings(name=name, **{"precision": "fp32", **settings})
-    strategy = STRATEGIES[name](
+    strategy = strategy_class(name)(
         values, world=world, device=torch.device("cpu"), clip_norm=optim.clip_norm, deterministic=True
     )
     strategy.prepare(method, lambda: build_optimizer(optim, method.parameter_groups(optim)))

@@ -15,7 +15,7 @@ from scaler.methods.simclr.method import SimCLR
 from scaler.nn.batch_norm import GlobalBatchNorm
 from scaler.optimizers import build_optimizer
 from scaler.recipe import Optim, StrategySettings
-from scaler.strategies import STRATEGIES
+from scaler.strategies import strategy_class
 from tests.distributed.helper import run_distributed
 from tests.scaler.methods.simclr.batches import RESNET, VIT, make_batch, make_method
 
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 def one_step(world: World, case: str, strategy_name: str, num_micro_batches: int, precision: str = "fp32") -> Result:
     """What the loop does up to the optimiser, with the real strategies."""
     settings = StrategySettings(name=strategy_name, precision=precision)
-    strategy = STRATEGIES[strategy_name](
+    strategy = strategy_class(strategy_name)(
         settings, world=world, device=torch.device("cpu"), clip_norm=None, deterministic=False
     )
     method = make_method(world, **CASES[case])
