@@ -98,7 +98,7 @@ def run(launch: Launch, job: Job) -> int:
     write_files(launch.files)
     if launch.hosts:
         return run_on_hosts(launch.hosts, folder=os.getcwd(), processes=job.processes, min_hosts=launch.min_hosts)
-    return run_here(launch.command, processes=job.processes, stop_signal=launch.stop_signal)
+    return run_here(launch.command, processes=job.processes, stop=launch.stop)
 
 
 def write_files(files: Mapping[str, str]) -> None:

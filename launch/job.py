@@ -65,7 +65,7 @@ class Launch:
         files: files that `command` needs, path → content; `--run` writes them first.
         hosts: instead of `command`, what `--run` executes on each host over ssh, all of them at once.
         min_hosts: how many of `hosts` are enough to go on when others fail; None: all of them.
-        stop_signal: the one signal on which `command` stops its processes; None: any of launch.local.SIGNALS.
+        stop: what makes `command` stop, where it does not pass signals on; empty: it does.
     """
 
     text: str
@@ -73,7 +73,7 @@ class Launch:
     files: Mapping[str, str] = field(default_factory=dict)
     hosts: Mapping[str, list[str]] = field(default_factory=dict)
     min_hosts: int | None = None
-    stop_signal: int | None = None
+    stop: list[str] = field(default_factory=list)
 
 
 def with_variables(values: Mapping[str, str], command: list[str]) -> list[str]:

@@ -76,7 +76,7 @@ def environment(processes: int) -> dict[str, str]:
     return {**defaults, **os.environ}
 
 
-def run(command: Sequence[str], *, processes: int = 1, stop_signal: int | None = None) -> int:
+def run(command: Sequence[str], *, processes: int = 1, stop: Sequence[str] = ()) -> int:
     """Run `command` to its end and return its exit code (128 + n where signal n killed it).
 
     The child gets a session of its own, so that a Ctrl-C reaches it once: passed on from here, like every other signal
@@ -85,21 +85,23 @@ def run(command: Sequence[str], *, processes: int = 1, stop_signal: int | None =
     Args:
         command: what to run.
         processes: that it will start, which share the cores out.
-        stop_signal: what it gets for any of those signals; None: the same one.
+        stop: what to run instead of passing such a signal on.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []  # signals that came before there was a child to pass them to
 
     def pass_on(number: int) -> None:
         if child is None:
-            early.append(stop_signal or number)
+            early.append(number)
+        elif stop:
+            subprocess.Popen(stop, start_new_session=True)
         else:
-            child.send_signal(stop_signal or number)
+            child.send_signal(number)
 
     with signals_to(pass_on):
         child = subprocess.Popen(command, env=environment(processes), start_new_session=True)
         for number in early:
-            child.send_signal(number)
+            pass_on(number)
         code = child.wait()
     return code if code >= 0 else 128 - code
 

@@ -63,7 +63,7 @@ def run_on_hosts(
             reader.start()
         while running:
             for host in [host for host, child in running.items() if child.poll() is not None]:
-                if code := running.pop(host).returncode:
+                if code := abs(running.pop(host).returncode):
                     failed.append(code)
                     _explain(host, code, lines)
             if deadline == float("inf") and len(commands) - len(failed) < (min_hosts or len(commands)):
