@@ -123,8 +123,8 @@ def run(recipe: Recipe) -> str:
                         break
                     except NonFinite as error:
                         if not left:
-                            tried = f" (also after {recipe.run.max_rewinds} times back to the last checkpoint)"
-                            raise ValueError(f"{error}{tried if recipe.run.max_rewinds else ''}") from None
+                            again = " (also after going back to the last checkpoint)" * bool(recipe.run.max_rewinds)
+                            raise ValueError(f"{error}{again}") from None
                         if world.rank == 0:
                             print(f"{error}. Going back to the last checkpoint, in case it was a passing fault")
                     gc.collect()  # the model, before it is built again

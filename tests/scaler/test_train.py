@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from scaler.checkpoint import complete_checkpoints
 from scaler.collectives import World
+from scaler.methods.simclr.method import SimCLR
 from scaler.recipe import load_recipe
 from scaler.train import build_method, hyper_at, main, step_counter
 from tests.runs import METHODS, make_shards, rows, weights, write_recipe
@@ -192,3 +201,100 @@ def test_samples_that_cannot_be_decoded_are_replaced_counted_and_limited(capfd, 
         capfd, [str(recipe), *arguments[1:], f"data.shards={tmp_path / 'worse'}", f"run.dir={tmp_path / 'w'}"]
     )
     assert "could not be decoded, above the limit of 10" in error and "rejected.jsonl" in error
+
+
+def test_a_failing_run_says_why_in_exit_json_and_a_new_start_forgets_it(capfd, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [str(finished), "data.global_batch_size=24", "schedule.total=4 steps", f"run.dir={run_dir}"]
+    error = fails(capfd, [*arguments, "strategy.micro_batch_size=7"])
+    left = json.loads((run_dir / "exit.json").read_text())
+    assert left == {"reason": "error", "requeue": False, "error": error.removeprefix("error: ")}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scaler.train.train", lambda **_: seen.append((run_dir / "exit.json").exists()) or "done")
+        assert main(arguments) == 0
+    assert seen == [False]
+
+
+def test_two_runs_cannot_write_one_run_directory(capfd, finished, tmp_path):
+    """A real run, killed: what comes meanwhile is refused and touches nothing, what comes after goes on at once."""
+    run_dir = tmp_path / "run"
+    arguments = [str(finished), "data.global_batch_size=24", "data.num_workers=1", f"run.dir={run_dir}"]
+    command = [sys.executable, "-m", "scaler.train", *arguments, "schedule.total=100000 steps"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        wait_for_rows(run_dir, 3, first)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("scaler.lock._WAIT_HERE", 0.5)
+            error = fails(capfd, [*arguments, "schedule.total=4 steps"])
+        assert f"process {first.pid} on {socket.gethostname()}" in error and "choose another run.dir" in error
+        assert not (run_dir / "exit.json").exists() and first.poll() is None
+        more = len(rows(run_dir)) + 2
+        wait_for_rows(run_dir, more, first)
+    finally:
+        first.kill()
+        first.wait()
+    for path in (run_dir / "checkpoints").iterdir():
+        shutil.rmtree(path)  # of another length of the run
+    assert main([*arguments, "schedule.total=4 steps"]) == 0
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4]
+
+
+def wait_for_rows(run_dir: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Fault:
+    """Makes the losses of some calls of a method's `learn` NaN."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, calls: range) -> None:
+        self.calls, self.count, learn = calls, 0, SimCLR.learn
+
+        def faulty(method: SimCLR, *args: Any) -> dict[str, Any]:
+            out = learn(method, *args)
+            self.count += 1
+            return {**out, "loss": out["loss"] * float("nan")} if self.count in self.calls else out
+
+        patch.setattr(SimCLR, "learn", faulty)
+
+
+@pytest.mark.parametrize("every", [2, 100])  # with a checkpoint to go back to, and without
+def test_a_passing_fault_is_cured_by_going_back(capfd, monkeypatch, shards, tmp_path, every):
+    short = ["schedule.total=8 steps", "data.global_batch_size=24", "run.max_nonfinite=2"]
+    short += [f"checkpoint.every={every} steps"]
+    whole = write_recipe(tmp_path / "whole.yaml", "simclr", shards=shards)
+    assert main([str(whole), *short]) == 0
+    fault = Fault(monkeypatch, calls=range(6, 8))
+    broken = write_recipe(tmp_path / "broken.yaml", "simclr", shards=shards)
+    assert main([str(broken), *short]) == 0
+    assert fault.count == 7 + (8 - 4 if every == 2 else 8)
+    output = capfd.readouterr().out
+    assert "steps 6 to 7 had non-finite losses or gradients" in output and "Going back to the last checkpoint" in output
+    assert "step 6: the loss or gradient is not finite; the step was not taken" in output
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    mine, reference = (weights(tmp_path / name / "checkpoints" / "step-00000008") for name in ("broken", "whole"))
+    assert all(torch.equal(mine[name], reference[name]) for name in reference)
+    assert json.loads((tmp_path / "broken" / "exit.json").read_text())["reason"] == "done"
+
+
+def test_a_step_with_a_fault_is_left_out_and_the_run_goes_on(monkeypatch, shards, tmp_path):
+    Fault(monkeypatch, calls=range(3, 4))
+    recipe = write_recipe(tmp_path / "run.yaml", "simclr", shards=shards)
+    assert main([str(recipe), "schedule.total=5 steps", "data.global_batch_size=24"]) == 0
+    table = rows(tmp_path / "run")
+    assert [row["step"] for row in table] == [1, 2, 3, 4, 5]
+    assert table[2]["grad_norm"] is None and all(row["grad_norm"] > 0 for row in table if row["step"] != 3)
+
+
+def test_a_run_that_diverges_again_stops_and_says_what_to_change(capfd, shards, tmp_path):
+    recipe = write_recipe(tmp_path / "run.yaml", "simclr", shards=shards)
+    arguments = [str(recipe), "data.global_batch_size=24", "optim.lr=1e30", "optim.clip_norm=null"]
+    error = fails(capfd, [*arguments, "run.max_nonfinite=3"])
+    first = int(re.search(r"steps (\d+) to (\d+) had non-finite losses", error)[1])
+    assert f"`scaler batch RUN --step {first}`" in error and "lower optim.lr" in error
+    assert "also after going back to the last checkpoint" in error
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["error"] == error.removeprefix("error: ")
+    assert "going back" not in fails(capfd, [*arguments, "run.max_nonfinite=3", "run.max_rewinds=0"])
