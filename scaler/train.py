@@ -25,7 +25,7 @@ import torch.distributed as dist
 import yaml
 
 from scaler import schedules
-from scaler.checkpoint import Checkpointer, Location, load_pieces, read_manifest
+from scaler.checkpoint import Checkpointer, Location, load_pieces, locate, read_manifest
 from scaler.collectives import World
 from scaler.layout import Layout, batch_layout, elastic_layout
 from scaler.lock import hold
@@ -413,10 +413,13 @@ def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Location | None:
 
 
 def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySettings) -> dict[str, Any]:
-    """The recipe with every default and "auto" written out and the shards' full path, as plain data."""
+    """The recipe with every default and "auto" written out and full paths of shards and checkpoints, as plain data."""
     values = recipe.model_dump(mode="json")
     values["strategy"] = settings.model_dump(mode="json")
     values["data"]["shards"] = str(index.path.resolve())
+    if recipe.checkpoint.dir is not None:
+        place = locate(recipe.checkpoint.dir)
+        values["checkpoint"]["dir"] = str(place.resolve() if isinstance(place, Path) else place)
     return values
 
 

@@ -21,7 +21,7 @@ from scaler.checkpoint.manifest import (
     run_checkpoints,
     verify,
 )
-from scaler.checkpoint.places import Location
+from scaler.checkpoint.places import Location, locate
 from scaler.checkpoint.saving import Checkpointer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "complete_checkpoints",
     "load_method",
     "load_pieces",
+    "locate",
     "read_manifest",
     "resolve_checkpoint",
     "run_checkpoints",
