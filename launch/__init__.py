@@ -74,13 +74,18 @@ def make_job(
     )
 
 
-def plan(kind: str, job: Job) -> Launch:
+def plan(kind: str, job: Job, **options: Any) -> Launch:
     """How `kind`, one of KINDS, starts `job`.
+
+    Args:
+        kind: the key of KINDS.
+        job: what to start.
+        options: keywords that the `plan` of this kind alone takes.
 
     Raises:
         ValueError: this kind cannot start such a job; says why and what can.
     """
-    launch: Launch = import_module(KINDS[kind]).plan(job)
+    launch: Launch = import_module(KINDS[kind]).plan(job, **options)
     return launch
 
 

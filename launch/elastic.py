@@ -39,5 +39,8 @@ def everywhere(job: Job, command: Callable[[str, int, str], list[str]]) -> Launc
 
 
 def leads(number: int) -> str:
-    """The --rdzv-conf that tells host `number` whether it holds the rendezvous; torchrun would guess from its name."""
-    return f"is_host={int(number == 0)}"
+    """The --rdzv-conf that tells host `number` whether it holds the rendezvous; torchrun would guess from its name.
+
+    The others wait for the first host as long as everybody waits for the last: hosts start at different speeds.
+    """
+    return f"is_host={int(number == 0)},join_timeout=900,read_timeout=900"

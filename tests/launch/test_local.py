@@ -18,7 +18,7 @@ from launch.local import environment, run, train_command
 PROBE = """
 import json, os, pathlib, sys
 rank = os.environ.get("RANK", "alone")
-names = [n for n in os.environ if n.startswith(("FSDP", "ACCELERATE", "OMP", "WORLD_SIZE", "MASTER_PORT"))]
+names = [n for n in os.environ if n.startswith(("FSDP", "ACCELERATE", "OMP", "WORLD_SIZE", "TORCHELASTIC_MAX"))]
 seen = {"arguments": sys.argv[1:], **{name: os.environ[name] for name in names}}
 pathlib.Path(f"rank-{rank}.json").write_text(json.dumps(seen))
 """
@@ -53,19 +53,21 @@ def test_one_process_runs_without_a_launcher(tmp_path: Path, monkeypatch: pytest
     assert "WORLD_SIZE" not in seen["alone"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_accelerate_starts_two_ranks_and_names_the_strategy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Any
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2_hybrid", 4), ("zero2", 2)])
+def test_accelerate_starts_all_ranks_and_names_the_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: Any, processes: int
 ) -> None:
-    seen = started(tmp_path, monkeypatch, processes=2, strategy=strategy)
-    assert sorted(seen) == ["0", "1"]
+    seen = started(tmp_path, monkeypatch, processes=processes, strategy=strategy, max_restarts=2)
+    assert sorted(seen) == [str(rank) for rank in range(processes)]
     for rank in seen.values():
         assert rank["arguments"] == ["dinov2/demo", "run.dir=a folder", "schedule.total=5 steps"]
-        assert rank["WORLD_SIZE"] == "2"
+        assert rank["WORLD_SIZE"] == str(processes)
+        assert rank["TORCHELASTIC_MAX_RESTARTS"] == "2"
         assert rank["ACCELERATE_MIXED_PRECISION"] == "no"
-        assert int(rank["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
-        assert rank.get("FSDP_VERSION") == ("2" if strategy == "fsdp2" else None)
-        assert rank.get("ACCELERATE_USE_FSDP") == ("true" if strategy == "fsdp2" else None)
+        assert int(rank["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // processes)
+        assert rank.get("FSDP_VERSION") == ("2" if strategy.startswith("fsdp2") else None)
+        assert rank.get("ACCELERATE_USE_FSDP") == ("true" if strategy.startswith("fsdp2") else None)
+        assert rank.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == ("2" if strategy == "zero2" else None)
 
 
 def test_auto_is_ddp_and_names_a_file_that_exists() -> None:

@@ -50,7 +50,7 @@ def test_torchrun_on_every_host() -> None:
         asked = get_args_parser().parse_args(after(words, "torch.distributed.run"))
         assert (asked.nnodes, asked.nproc_per_node, asked.max_restarts, asked.local_addr) == ("2", "4", 5, name)
         assert (asked.rdzv_backend, asked.rdzv_endpoint) == ("c10d", "a:4321")
-        assert asked.rdzv_conf == f"is_host={int(number == 0)}"
+        assert asked.rdzv_conf.startswith(f"is_host={int(number == 0)},")
         assert asked.module and asked.training_script == "scaler.train"
         assert asked.training_script_args == ["dinov2/demo", *WORDS]
 
@@ -128,13 +128,14 @@ def test_deepspeed_over_hosts(tmp_path: Path) -> None:
     assert made.returncode == 0 and Path(asked.hostfile).read_text() == "a slots=4\nb slots=4\n"
 
 
-@pytest.mark.parametrize(("name", "stage"), [("zero2_cpu_offload", 2), ("zero3_nvme", 3)])
+@pytest.mark.parametrize(("name", "stage"), [("zero2_cpu_offload", 2), ("zero3_cpu_offload", 3)])
 def test_the_offload_files_say_nothing_that_a_recipe_says(name: str, stage: int) -> None:
     config = pytest.importorskip("deepspeed.runtime.config")
     path = CONFIGS.parent / f"deepspeed/{name}.json"
     settings = StrategySettings(name=f"zero{stage}", precision="bf16", deepspeed_config=str(path))
     read = config.DeepSpeedConfig(merged_config(settings, stage=stage, trained_parameters=1)).zero_config
-    assert read.stage == stage and read.offload_optimizer.device == ("nvme" if stage == 3 else "cpu")
+    assert read.stage == stage and read.offload_optimizer.device == "cpu"
+    assert (read.offload_param is not None) == (stage == 3)
 
 
 def test_machines_without_names() -> None:
