@@ -1,0 +1,215 @@
+"""A run outlives its ranks, its launcher's signals, a hang, a network that is cut, and the loss of a machine.
+
+Every run here is a real one under a real launcher; what is compared is the unbroken run, bit for bit where the layout
+stays the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from scaler.checkpoint import complete_checkpoints
+from tests.runs import make_shards, rows, weights, write_recipe
+
+KILLS = int(os.environ.get("SCALER_TEST_GROUP_KILLS", "2"))  # per launcher; the issue's own figure is 25
+TERMS = int(os.environ.get("SCALER_TEST_GROUP_TERMS", "1"))  # per launcher; the issue's own figure is 20
+EVERY = 4  # steps from checkpoint to checkpoint
+STEPS = 3 * EVERY * (max(KILLS, TERMS) + 1)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(shards, tmp_path_factory) -> Path:
+    """The run directory of two ranks that nobody disturbs."""
+    recipe = recipe_for(tmp_path_factory.mktemp("unbroken") / "run.yaml", shards)
+    with started(torchrun(recipe), recipe) as run:
+        assert run.wait() == 0, run.output()
+    return recipe.with_suffix("")
+
+
+def recipe_for(path: Path, shards: Path, **sections: dict[str, Any]) -> Path:
+    values: dict[str, dict[str, Any]] = {
+        "data": {"global_batch_size": 24, "num_workers": 1},
+        "schedule": {"total": f"{STEPS} steps"},
+        "checkpoint": {"every": f"{EVERY} steps"},
+    }
+    return write_recipe(path, "simclr", shards=shards, **{**values, **sections})
+
+
+def torchrun(recipe: Path, *options: str, ranks: int = 2) -> list[str]:
+    place = [] if any("rdzv" in option for option in options) else ["--standalone"]
+    launcher = ["-m", "torch.distributed.run", *place, f"--nproc-per-node={ranks}", *options]
+    return [sys.executable, *launcher, "-m", "scaler.train", str(recipe)]
+
+
+def accelerate(recipe: Path, *options: str) -> list[str]:
+    config = ["--config_file", str(ROOT / "configs/accelerate/ddp.yaml"), "--num_processes", "2"]
+    launcher = ["-m", "accelerate.commands.launch", *config, *options, "--main_process_port", "0"]
+    return [sys.executable, *launcher, "-m", "scaler.train", str(recipe)]
+
+
+def deepspeed(recipe: Path) -> list[str]:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    launcher += ["--master_port", str(free_port())]
+    return [*launcher, "--module", "scaler.train", str(recipe)]
+
+
+def free_port() -> int:
+    """A port that nobody listened at a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Started:
+    """A launcher at work on a recipe."""
+
+    def __init__(self, process: subprocess.Popen[bytes], recipe: Path) -> None:
+        self.process, self.run_dir, self._log = process, recipe.with_suffix(""), recipe.with_suffix(".log")
+
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=500)
+
+    def workers(self) -> dict[int, psutil.Process]:
+        """The training processes by rank."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                parent, environment = process.parent(), process.environ()
+                if "RANK" in environment and parent is not None and "RANK" not in parent.environ():
+                    found[int(environment["RANK"])] = process
+        return found
+
+    def steps(self) -> int:
+        """Steps in metrics.jsonl."""
+        path = self.run_dir / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def saved(self) -> int:
+        """Step of the newest complete checkpoint."""
+        found = complete_checkpoints(self.run_dir / "checkpoints")
+        return int(found[0].name.removeprefix("step-")) if found else 0
+
+    def until(self, condition: Callable[[], bool], seconds: float = 240) -> bool:
+        """Wait for a condition while the launcher lives; whether it came."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if condition():
+                return True
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.01)
+        return False
+
+
+@contextlib.contextmanager
+def started(command: list[str], recipe: Path) -> Iterator[Started]:
+    """A launcher with what it says in RECIPE.log, killed with all its processes in the end."""
+    with recipe.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield Started(process, recipe)
+    finally:
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def assert_same_run(mine: Path, reference: Path) -> None:
+    assert rows(mine) == rows(reference)
+    assert [row["step"] for row in rows(mine)] == list(range(1, STEPS + 1))
+    tensors, expected = (weights(folder / "checkpoints" / f"step-{STEPS:08d}") for folder in (mine, reference))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert json.loads((mine / "exit.json").read_text())["reason"] == "done"
+
+
+@pytest.mark.parametrize("launcher", [torchrun, accelerate])
+def test_a_killed_rank_costs_one_restart_of_the_group_and_not_one_bit(unbroken, shards, tmp_path, launcher):
+    """The launcher may restart exactly as often as a rank is killed: none is left for a restart that fails itself."""
+    recipe = recipe_for(tmp_path / "run.yaml", shards)
+    option = f"--max{'_' if launcher is accelerate else '-'}restarts={KILLS}"
+    rng, last = random.Random(launcher.__name__), 0
+    with started(launcher(recipe, option), recipe) as run:
+        for _ in range(KILLS):
+            at = last + 2 * EVERY + rng.randrange(EVERY)  # at least two checkpoints after what the last kill left
+            assert run.until(lambda at=at: run.steps() >= at), run.output()
+            time.sleep(rng.random() * 0.2)
+            run.workers()[rng.randrange(2)].kill()
+            assert run.until(lambda: len(run.workers()) < 2), run.output()
+            assert run.until(lambda: len(run.workers()) == 2), run.output()
+            last = run.saved()
+        assert run.wait() == 0, run.output()
+        output = run.output()
+    assert output.count("engaged: ") == KILLS + 1 and output.count("resuming from ") == KILLS
+    assert "connectFullMesh" not in output
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("launcher", [torchrun, accelerate])
+def test_sigterm_to_the_launcher_saves_and_the_next_start_goes_on(unbroken, shards, tmp_path, launcher):
+    recipe = recipe_for(tmp_path / "run.yaml", shards)
+    rng, step = random.Random(launcher.__name__), 0
+    for _ in range(TERMS):
+        with started(launcher(recipe), recipe) as run:
+            at = step + 1 + rng.randrange(2 * EVERY)
+            assert run.until(lambda run=run, at=at: run.steps() >= at), run.output()
+            assert not (run.run_dir / "exit.json").exists(), "that of the start before is gone"
+            time.sleep(rng.random() * 0.2)
+            run.process.terminate()
+            assert run.wait() != 0
+        left = json.loads((tmp_path / "run" / "exit.json").read_text())
+        assert left["reason"] == "signal" and left["requeue"] is True, run.output()
+        step = left["step"]
+        assert at <= step == run.saved() < STEPS
+    with started(launcher(recipe), recipe) as run:
+        assert run.wait() == 0, run.output()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_deepspeed_command_dies_of_sigterm_and_its_run_saves_all_the_same(unbroken, shards, tmp_path):
+    recipe = recipe_for(tmp_path / "run.yaml", shards)
+    with started(deepspeed(recipe), recipe) as run:
+        assert run.until(lambda: run.steps() >= 3), run.output()
+        workers = list(run.workers().values())
+        run.process.terminate()
+        assert run.wait() == -signal.SIGTERM
+        assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1], run.output()
+    left = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert left["reason"] == "signal" and 3 <= left["step"] == run.saved() < STEPS
+    with started(torchrun(recipe), recipe) as run:
+        assert run.wait() == 0, run.output()
+    assert_same_run(tmp_path / "run", unbroken)
