@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,12 @@ def plan(kind: str, job: Job, **options: Any) -> Launch:
         options: keywords that the `plan` of this kind alone takes.
 
     Raises:
-        ValueError: this kind cannot start such a job; says why and what can.
+        ValueError: this kind cannot start such a job, or does not take such an option; says why and what can.
     """
-    launch: Launch = import_module(KINDS[kind]).plan(job, **options)
+    module = import_module(KINDS[kind])
+    for name in options.keys() - signature(module.plan).parameters.keys():
+        raise ValueError(f"{kind} takes no --{name}; leave it out")
+    launch: Launch = module.plan(job, **options)
     return launch
 
 

@@ -1,7 +1,7 @@
 """A manifest for Kubernetes whose pods save before they leave, and start again together.
 
     job = Job("dinov2/vitl16_in1k", overrides=("run.dir=/runs/first", "data.shards=/data/in1k"), nodes=4, processes=8)
-    launch = plan(job, image="example/scaler:1", claims=["runs:/runs", "images:/data"])
+    launch = plan(job, image="example/scaler:1", claim=["runs:/runs", "images:/data"])
     print(launch.text)
 
 It is a JobSet: one Indexed Job with a pod for each machine, which meet at pod 0 under its stable name. A plain Job
@@ -70,8 +70,8 @@ _HEADER = """\
 def plan(
     job: Job,
     *,
-    image: str,
-    claims: Sequence[str],
+    image: str | None = None,
+    claim: Sequence[str] = (),
     name: str | None = None,
     namespace: str | None = None,
     cpus: int | None = None,
@@ -83,8 +83,8 @@ def plan(
 
     Args:
         job: what to train; paths in it are those that the pods see.
-        image: a container image in which this package is installed.
-        claims: volumes for the run and the shards, each a PersistentVolumeClaim and where to mount it, as `runs:/runs`;
+        image: a container image in which this package is installed; there is no default.
+        claim: volumes for the run and the shards, each a PersistentVolumeClaim and where to mount it, as `runs:/runs`;
             with several nodes they must be mountable by many (ReadWriteMany).
         name: of the JobSet; None: that of the run directory.
         namespace: None: kubectl's current one.
@@ -96,14 +96,16 @@ def plan(
     Raises:
         ValueError: the recipe is wrong, a name is none, or the pods could not see the run or the shards.
     """
+    if image is None:
+        raise ValueError("the pods need a container image in which scaler is installed; name it with --image")
     recipe = load_recipe(job.recipe, overrides=job.overrides)
     run_dir = PurePosixPath(recipe.run.dir)
-    mounts = dict(_claim(text) for text in claims)
+    mounts = dict(map(_claim, claim))
     for key, path in _paths(recipe).items():
         if not any(PurePosixPath(path).is_relative_to(mount) for mount in mounts.values()):
             raise ValueError(
                 f"{key}={path} lies in no volume ({', '.join(mounts.values()) or 'there are none'}), so that the pods "
-                f"cannot share it; mount a claim with CLAIM:/PATH and write {key}=/PATH/…"
+                f"cannot share it; mount one with --claim CLAIM:/PATH and write {key}=/PATH/…"
             )
     if name is None:
         name = re.sub(r"[^a-z0-9]+", "-", run_dir.name.lower()).strip("-")
@@ -126,7 +128,7 @@ def plan(
         "volumeMounts": [
             {"name": "recipe", "mountPath": str(_RECIPE.parent), "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},
-            *({"name": claim, "mountPath": mount} for claim, mount in mounts.items()),
+            *({"name": volume, "mountPath": mount} for volume, mount in mounts.items()),
         ],
     }
     pod = {
@@ -136,7 +138,7 @@ def plan(
         "volumes": [
             {"name": "recipe", "configMap": {"name": f"{name}-recipe"}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},  # through which loader workers hand over batches
-            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in mounts),
+            *({"name": volume, "persistentVolumeClaim": {"claimName": volume}} for volume in mounts),
         ],
     }
     children = {
@@ -202,7 +204,7 @@ _Dumper.add_representer(str, _text)
 def _claim(text: str) -> tuple[str, str]:
     claim, _, path = text.partition(":")
     if not _NAME.fullmatch(claim) or not path.startswith("/") or path == "/":
-        raise ValueError(f"{text!r} is not CLAIM:/PATH, for example runs:/runs")
+        raise ValueError(f"--claim {text!r} is not CLAIM:/PATH, for example runs:/runs")
     return claim, path
 
 

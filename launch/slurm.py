@@ -34,9 +34,10 @@ def plan(
     partition: str | None = None,
     account: str | None = None,
     cpus: int | None = None,
+    memory: str | None = None,
     gpus: bool = True,
-    warning: int = 120,
-    options: Sequence[str] = (),
+    grace: int = 120,
+    sbatch: Sequence[str] = (),
 ) -> Launch:
     """The job file.
 
@@ -46,36 +47,38 @@ def plan(
         partition: None: the default one.
         account: to be charged; None: the user's default.
         cpus: on each node; None: as many as Slurm gives.
+        memory: on each node, as Slurm writes it; None: as much as Slurm gives.
         gpus: ask for one GPU per process.
-        warning: seconds between the first signal and the time limit, in which the checkpoint must be written.
-        options: more of sbatch's, without the dashes, as `qos=high`.
+        grace: seconds between the first signal and the time limit, in which the checkpoint must be written.
+        sbatch: more options of sbatch, without the dashes, as `qos=high`.
 
     Raises:
         ValueError: the recipe is wrong, or an option is no option.
     """
     run_dir = load_recipe(job.recipe, overrides=job.overrides).run.dir
     name = re.sub(r"[^\w.-]+", "-", Path(run_dir).name) or "scaler"
-    for option in options:
+    for option in sbatch:
         if not re.fullmatch(r"[a-z][a-z0-9-]*(=\S+)?", option):
-            raise ValueError(f"{option!r} is no option of sbatch; write it without dashes and blanks, as qos=high")
+            raise ValueError(f"{option!r} is no option of sbatch; write it without its dashes, as qos=high")
     wanted = {
         "job-name": name,
         "nodes": job.nodes if job.min_nodes is None else f"{job.min_nodes}-{job.nodes}",
         "ntasks-per-node": 1,
         "gpus-per-node": job.processes if gpus else None,
         "cpus-per-task": cpus,
+        "mem": memory,
         "time": time,
         "partition": partition,
         "account": account,
-        "signal": f"USR1@{warning}",
+        "signal": f"USR1@{grace}",
         "open-mode": "append",
         "output": "%x-%j.out",
     }
     lines = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
-    lines += ["--requeue", *(f"--{option}" for option in options)]
+    lines += ["--requeue", *(f"--{option}" for option in sbatch)]
     exports = {
         "PET_SIGNALS_TO_HANDLE": ",".join(number.name for number in SIGNALS),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(warning),  # torchrun would kill after 30 s
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace),  # torchrun would kill after 30 s
         **job.environment,
     }
     text = _FILE.format(
@@ -85,7 +88,7 @@ def plan(
         processes=job.processes,
         port=job.port,
         srun="srun" if cpus is None else f"srun --cpus-per-task={cpus}",  # srun does not take it over from sbatch
-        warning=warning,
+        grace=grace,
         python=shlex.quote(sys.executable),
         max_restarts=job.max_restarts,
         meeting=_MEETING,
@@ -114,7 +117,7 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 echo "attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 
 place='PET_LOCAL_ADDR=$SLURMD_NODENAME PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0)),{meeting} exec "$@"'
-{srun} --wait={warning} bash -c "$place" node {python} -m torch.distributed.run \\
+{srun} --wait={grace} bash -c "$place" node {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={processes} --max-restarts={max_restarts} \\
     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$(({port} + SLURM_JOB_ID % 1000))" \\
     {train}

@@ -218,6 +218,31 @@ def launch(
         int | None, typer.Option(min=0, help="Times to start again when a process died.", show_default="3")
     ] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="For every process; repeatable.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: time limit, as 12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm: where to run.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm: who pays.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=VALUE]", help="Slurm: another option of sbatch; repeatable.")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="Kubernetes: a container image with scaler in it.")] = None,
+    claim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CLAIM:/PATH", help="Kubernetes: a volume claim, and where to mount it; repeatable."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Kubernetes: of the JobSet.", show_default="the run directory's")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Kubernetes: where to run.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="Slurm, Kubernetes: on each machine.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Slurm, Kubernetes: on each machine, in their words.")] = None,
+    gpus: Annotated[
+        bool | None,
+        typer.Option("--gpus/--no-gpus", help="Slurm, Kubernetes: one for each process.", show_default="gpus"),
+    ] = None,
+    grace: Annotated[
+        int | None,
+        typer.Option(min=1, help="Slurm, Kubernetes: seconds to save in before the end.", show_default="120 and 300"),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Look at the hosts instead: one line a problem.")] = False,
     execute: Annotated[bool, typer.Option("--run", help="Look at the hosts, then run it.")] = False,
     as_json: Json = False,
@@ -238,6 +263,22 @@ def launch(
         raise WrongUse(
             "deepspeed starts no dead process again; use torchrun or accelerate, or leave out --max-restarts"
         )
+    if kind in ("slurm", "kubernetes") and hosts is not None:
+        raise WrongUse(f"{kind} chooses the machines itself; give --nodes instead of --hosts")
+    asked = {
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "sbatch": sbatch,
+        "image": image,
+        "claim": claim,
+        "name": name,
+        "namespace": namespace,
+        "cpus": cpus,
+        "memory": memory,
+        "gpus": gpus,
+        "grace": grace,
+    }
     try:
         checked = load_recipe(recipe, overrides=overrides or [])
         job = make_job(
@@ -251,7 +292,7 @@ def launch(
             max_restarts=max_restarts,
             environment=env or [],
         )
-        planned = plan(kind, job)
+        planned = plan(kind, job, **{option: value for option, value in asked.items() if value is not None})
     except ValueError as error:
         raise WrongUse(str(error)) from None
     report = check_hosts(job, checked, kind=kind) if check or execute else None

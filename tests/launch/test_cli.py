@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.scaler.test_cli import scaler
 
@@ -65,6 +66,9 @@ def test_nothing_runs_where_there_is_a_problem(place: Path) -> None:
         (["torchrun", "dinov2/demo", "--env", "A"], "--env 'A' is not NAME=VALUE"),
         (["torchrun", "dinov2/demo", "--json", "--run"], "leave out --run"),
         (["deepspeed", "dinov2/demo", "--max-restarts", "2"], "starts no dead process again"),
+        (["slurm", "dinov2/demo", "--hosts", "hostfile"], "give --nodes instead of --hosts"),
+        (["slurm", "dinov2/demo", "--image", "a"], "slurm takes no --image"),
+        (["kubernetes", "dinov2/demo"], "name it with --image"),
         (["deepspeed", "dinov2/demo", "--nodes", "2"], "give a hostfile with --hosts"),
     ],
 )
@@ -80,6 +84,18 @@ def test_machines_without_names_are_printed_and_not_run(place: Path) -> None:
     assert "HOST_1" in scaler(*words).stdout
     said = scaler(*words, "--run")
     assert said.returncode == 1 and "--run needs the names of the 2 machines" in said.stderr
+
+
+def test_schedulers_get_a_file(place: Path) -> None:
+    said = scaler("launch", "slurm", "dinov2/demo", "--no-gpus", "--time", "10", "--sbatch", "qos=high", "--grace", 60)
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    assert {"#SBATCH --time=10", "#SBATCH --qos=high", "#SBATCH --signal=USR1@60"} <= set(lines)
+    assert "gpus" not in said.stdout
+    mounted = ["--image", "a", "--claim", "runs:/runs", "run.dir=/runs/first", "data.shards=/runs/shards"]
+    said = scaler("launch", "kubernetes", "dinov2/demo", *mounted, "--namespace", "ml")
+    _, jobset = yaml.safe_load_all(said.stdout)
+    assert (jobset["kind"], jobset["metadata"]) == ("JobSet", {"name": "first", "namespace": "ml"})
 
 
 def test_help_has_an_example() -> None:

@@ -118,7 +118,7 @@ def test_an_evicted_pod_saves_and_the_run_ends_as_the_unbroken_one(shards: Path,
     runs, run_dir, log = tmp_path / "runs", tmp_path / "runs" / "first run", tmp_path / "pods.log"
     recipe = recipe_for(tmp_path / "recipe.yaml", shards)
     job = Job(str(recipe), overrides=(f"run.dir={run_dir}",), nodes=2)
-    config, jobset = manifest(job, claims=[f"runs:{runs}", f"images:{shards}"])
+    config, jobset = manifest(job, claim=[f"runs:{runs}", f"images:{shards}"])
     (tmp_path / "configmap").mkdir()
     for name, text in config["data"].items():
         (tmp_path / "configmap" / name).write_text(text)
@@ -161,7 +161,7 @@ def test_a_failure_before_the_training_is_none_to_repeat_for_free(shards: Path, 
     (tmp_path / "first run").mkdir()
     (tmp_path / "first run" / "exit.json").write_text('{"reason": "signal", "requeue": true}\n')
     job = Job(str(recipe), overrides=(f"run.dir={tmp_path}/first run",), max_restarts=0)
-    _, jobset = manifest(job, claims=[f"runs:{tmp_path}", f"images:{shards}"])
+    _, jobset = manifest(job, claim=[f"runs:{tmp_path}", f"images:{shards}"])
     (tmp_path / "configmap").mkdir()
     (tmp_path / "configmap" / "recipe.yaml").write_text("no recipe")
     with hosts(1) as (machine,):
@@ -175,7 +175,7 @@ def test_it_fits_the_schemas() -> None:
     overrides = ("run.dir=/runs/First run", "data.shards=/data/in1k", "data.val_shards=s3://bucket/val")
     job = Job("dinov2/demo", overrides=overrides, nodes=4, processes=8, min_nodes=2, environment={"NCCL_DEBUG": "INFO"})
     claims = ["runs:/runs", "images:/data"]
-    config, jobset = manifest(job, claims=claims, gpus=True, cpus=96, memory="500Gi", namespace="ml", grace=600)
+    config, jobset = manifest(job, claim=claims, gpus=True, cpus=96, memory="500Gi", namespace="ml", grace=600)
     kubernetes_validate.validate(config, "1.31", strict=True)
     template = jobset["spec"]["replicatedJobs"][0].pop("template")
     child = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "first-run-node-0"}, **template}
@@ -221,19 +221,21 @@ def test_what_cannot_work_is_said() -> None:
 
     def error(*overrides: str, **options: Any) -> str:
         with pytest.raises(ValueError) as caught:
-            manifest(Job("dinov2/demo", overrides=overrides), **{"claims": claims, **options})
+            manifest(Job("dinov2/demo", overrides=overrides), **{"claim": claims, **options})
         return str(caught.value)
 
     assert "run.dir=runs/first lies in no volume (/runs, /data)" in error("run.dir=runs/first", good[1])
     assert "data.shards=/elsewhere" in error(good[0], "data.shards=/elsewhere")
-    assert "'runs' is not CLAIM:/PATH" in error(*good, claims=["runs"])
+    assert "no volume (there are none)" in error(*good, claim=[])
+    assert "--image" in error(*good, image=None)
+    assert "'runs' is not CLAIM:/PATH" in error(*good, claim=["runs"])
     assert "'Run_1' cannot name" in error(*good, name="Run_1")
     assert "30 s of grace" in error(*good, grace=30)
 
 
 def test_words_that_look_like_variables_stay() -> None:
     overrides = ("run.dir=/runs/$(HOME) $$x", "data.shards=/runs/s")
-    _, jobset = manifest(Job("dinov2/demo", overrides=overrides), claims=["runs:/runs"], name="a")
+    _, jobset = manifest(Job("dinov2/demo", overrides=overrides), claim=["runs:/runs"], name="a")
     pod = Pod.__new__(Pod)
     pod.environment = {"HOME": "/root"}
     script = pod.expand(container_of(jobset)["command"])[-1].replace("exec python -m", "printf '%s\\n'")

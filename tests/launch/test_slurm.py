@@ -74,7 +74,7 @@ def test_a_job_that_was_interrupted_ends_as_the_unbroken_one(cluster: Cluster, s
     recipe_for(tmp_path / "a run.yaml", shards)  # relative to the folder of sbatch, with a blank
     job = Job(recipe="a run.yaml", overrides=("run.dir=a run",), nodes=2)
     os.chdir(tmp_path)
-    number = submit(cluster, job, folder=tmp_path, time="20", warning=50)
+    number = submit(cluster, job, folder=tmp_path, time="20", grace=50)
     run_dir, log = tmp_path / "a run", tmp_path / f"a-run-{number}.out"
 
     wait_for_step(run_dir, 12)
@@ -132,11 +132,11 @@ def test_the_file_says_what_was_asked_for(shards: Path, tmp_path: Path) -> None:
         processes=8,
         environment={"NCCL_DEBUG": "a b"},
     )
-    launch = plan(job, time="12:00:00", partition="gpu", account="vision", cpus=96, options=["qos=high", "exclusive"])
-    lines = launch.text.splitlines()
-    wanted = (
-        "nodes=2-4 gpus-per-node=8 cpus-per-task=96 time=12:00:00 partition=gpu account=vision signal=USR1@120 requeue"
+    launch = plan(
+        job, time="12:00:00", partition="gpu", account="vision", cpus=96, memory="0", sbatch=["qos=high", "exclusive"]
     )
+    lines = launch.text.splitlines()
+    wanted = "nodes=2-4 gpus-per-node=8 cpus-per-task=96 mem=0 time=12:00:00 partition=gpu account=vision signal=USR1@120 requeue"
     for option in [*wanted.split(), "qos=high", "exclusive", "job-name=it-s-here"]:
         assert f"#SBATCH --{option}" in lines
     assert "export NCCL_DEBUG='a b'" in lines
@@ -148,4 +148,4 @@ def test_the_file_says_what_was_asked_for(shards: Path, tmp_path: Path) -> None:
 
     assert "--gpus-per-node" not in plan(job, gpus=False).text
     with pytest.raises(ValueError, match="no option of sbatch"):
-        plan(job, options=["--qos=high"])
+        plan(job, sbatch=["--qos=high"])
