@@ -11,7 +11,7 @@ import contextlib
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,6 +89,7 @@ class Strategy:
         self.module: nn.Module
         self.optimizer: torch.optim.Optimizer
         self.groups: list[Group]
+        self._gradient_bytes = self._activation_bytes = 0  # measured in the first step
         self._warn_of_unread_settings()
 
     def _warn_of_unread_settings(self) -> None:
@@ -143,6 +144,9 @@ class Strategy:
     def __call__(self, stage: str, *args: Any) -> Any:
         """Run a stage of the method through the wrapped module; `observe` and `combine` without gradient."""
         with torch.set_grad_enabled(stage == "learn"), self.autocast():
+            if stage == "learn" and not self._activation_bytes:
+                with self._measure_activations():
+                    return self.module(stage, *args)
             return self.module(stage, *args)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -162,6 +166,8 @@ class Strategy:
     def step(self) -> StepResult:
         """Clip per module, take the optimiser step unless a gradient is not finite, and clear the gradients."""
         gradients = self.gradients()
+        if not self._gradient_bytes:
+            self._gradient_bytes = storage_bytes(g for tensors in gradients.values() for g in tensors)
         squares = torch.stack([_sum_of_squares(tensors, self.device) for tensors in gradients.values()])
         if self.sharded:
             self.shard_world.sum_(squares)
@@ -238,6 +244,47 @@ class Strategy:
         """Elements of the whole parameter."""
         return parameter.numel()
 
+    def master_weights(self) -> list[Tensor]:
+        """Copies that the optimiser keeps of the trained parameters, beside `local`."""
+        return []
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of live tensors on this rank, by part; gradients and activations as the first step measured them.
+
+        `teacher` is all parameters without gradient; `activations` is what the first micro-batch's forward left for
+        its backward (on a CPU without the inputs that activation checkpointing keeps).
+        """
+        parameters = list(self.method.parameters())
+        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+        trained = [self.local(p) for p in parameters if p.requires_grad]
+        return {
+            "parameters": storage_bytes([*trained, *self.master_weights()]),
+            "gradients": self._gradient_bytes,
+            "optimizer": storage_bytes(local_shard(value) for value in state),
+            "teacher": storage_bytes(self.local(p) for p in parameters if not p.requires_grad),
+            "activations": self._activation_bytes,
+        }
+
+    @contextlib.contextmanager
+    def _measure_activations(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            yield
+            self._activation_bytes = max(1, torch.cuda.memory_allocated(self.device) - before)
+            return
+        weights = {self.local(p).untyped_storage().data_ptr() for p in self.method.parameters()}
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            yield
+        self._activation_bytes = max(1, sum(sizes.values()))
+
     def report(self) -> dict[str, Any]:
         """What was engaged: strategy, ranks, precision, optimiser, and how much of the model is on this rank."""
         parameters = list(self.method.parameters())
@@ -265,6 +312,12 @@ _SPECIFIC = frozenset(
 def local_shard(tensor: Tensor) -> Tensor:
     """The values on this rank: the local part of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind the tensors, each piece of memory once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -53,7 +53,7 @@ def merged_config(settings: Any, *, stage: int, trained_parameters: int) -> dict
     for what in ("offload_optimizer", "offload_param"):
         if offload_device(config, what) == "nvme":
             raise ValueError(
-                f"{source}: zero_optimization.{what} goes to nvme, where neither clipping per module, a teacher's moving "
+                f"{source}: zero_optimization.{what} goes to nvme, where neither clipping per module, a moving "
                 "average nor a portable checkpoint can reach it; use device cpu"
             )
     for key, value, said_by in _ours(settings, stage=stage):

@@ -160,6 +160,10 @@ class Zero1(Zero):
         flat, fragment, start = self._fragment(parameter)
         return self._flat_pieces(flat, fragment, start, parameter)
 
+    def master_weights(self) -> list[Tensor]:
+        """See `Strategy.master_weights`."""
+        return list(self.zero.single_partition_of_fp32_groups)
+
     def loaded(self) -> None:
         """See `Strategy.loaded`: the parameters follow their fp32 fragments, on all ranks."""
         self.zero.update_lp_params()
@@ -191,6 +195,19 @@ class Zero3(Zero):
 
     name = "zero3"
     stage = 3
+
+    def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """See `Strategy.wrap`.
+
+        Weights in fp32 need no fp32 copy for the optimiser. DeepSpeed means to leave it out, but compares a device with
+        its name; without this every rank would hold its part of the weights twice.
+        """
+        wrapped = super().wrap(method, make_optimizer)
+        flats = zip(self.zero.fp32_partitioned_groups_flat, self.zero.fp16_partitioned_groups_flat, strict=True)
+        for master, weights in flats:
+            if (master.dtype, master.device) == (weights.dtype, weights.device):
+                master.data = weights.data
+        return wrapped
 
     def verify(self) -> None:
         """See `Strategy.verify`."""
@@ -260,6 +277,10 @@ class Zero3(Zero):
         """See `Strategy.optimizer_pieces`."""
         flat, fragment, start = self._fragment(parameter)
         return self._flat_pieces(flat, fragment, start, parameter)
+
+    def master_weights(self) -> list[Tensor]:
+        """See `Strategy.master_weights`; without offloading they are the partitions themselves."""
+        return list(self.zero.fp32_partitioned_groups_flat)
 
     def loaded(self) -> None:
         """See `Strategy.loaded`: the parameters' partitions follow the fp32 ones, where these are not the same."""
