@@ -1,4 +1,7 @@
-"""The same curve whatever the layout: ranks, strategy, loader workers, accumulation."""
+"""The same curve whatever the layout: strategy, ranks, loader workers, accumulation, checkpointing, precision.
+
+The cells are a part of tests/distributed/matrix.py, which runs them all.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.helper import run_distributed
-from tests.runs import BATCH, NUM_IMAGES, make_shards, rows, train_job, write_recipe
-
-TOLERANCE = 1e-4
+from tests.distributed.matrix import METHODS, TOLERANCE, largest_difference, train_cell
+from tests.runs import BATCH, NUM_IMAGES, make_shards
 
 
 @pytest.fixture(scope="module")
@@ -20,50 +21,51 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def curves(shards, tmp_path_factory):
     """One process, no workers, no accumulation, for each method."""
-    folder, found = tmp_path_factory.mktemp("reference"), {}
-    for method in ("dinov2", "simclr"):
-        recipe = write_recipe(folder / f"{method}.yaml", method, shards=shards)
-        assert run_distributed(train_job, 1, str(recipe), []) == ["done"]
-        found[method] = rows(folder / method)
-    return found
+    return {m: train_cell(tmp_path_factory.mktemp(m), shards, (m, "ddp", 1, "plain")) for m in METHODS}
 
 
-@pytest.mark.parametrize("method", ["dinov2", "simclr"])
 @pytest.mark.parametrize(
-    ("ranks", "strategy", "workers", "accumulation"),
+    ("method", "layout", "ranks", "variant", "workers"),
     [
-        (1, "fsdp2", 1, 2),
-        (2, "ddp", 1, 2),
-        (2, "fsdp2", 0, 1),
-        (3, "ddp", 0, 1),
-        (3, "fsdp2", 3, 2),
+        ("dinov2", "ddp", 2, "accumulation", 1),
+        ("dinov2", "fsdp2", 3, "accumulation", 3),
+        ("dinov2", "fsdp2 hybrid", 4, "checkpointing", 0),
+        ("dinov2", "zero1", 2, "checkpointing", 0),
+        ("dinov2", "zero2", 3, "accumulation", 0),
+        ("dinov2", "zero3", 3, "accumulation", 1),
+        ("dinov2", "zero3", 2, "checkpointing", 0),
+        ("simclr", "ddp", 3, "plain", 0),
+        ("simclr", "fsdp2", 1, "accumulation", 1),
+        ("simclr", "fsdp2 hybrid", 4, "accumulation", 0),
+        ("simclr", "zero1", 3, "accumulation", 0),
+        ("simclr", "zero2", 2, "accumulation", 0),
+        ("simclr", "zero3", 3, "accumulation", 0),
+        ("supervised", "fsdp2", 2, "accumulation", 0),
+        ("supervised", "zero2", 3, "checkpointing", 2),
+        ("supervised", "zero3", 2, "accumulation", 0),
+        ("supervised_cnn", "ddp", 2, "checkpointing", 0),
+        ("supervised_cnn", "fsdp2", 3, "plain", 0),
+        ("supervised_cnn", "zero1", 2, "plain", 0),
+        ("supervised_cnn", "zero3", 3, "plain", 0),
     ],
 )
-def test_curves_agree(curves, shards, tmp_path, method, ranks, strategy, workers, accumulation):
-    recipe = write_recipe(tmp_path / "run.yaml", method, shards=shards)
-    overrides = [
-        f"strategy.name={strategy}",
-        f"data.num_workers={workers}",
-        f"strategy.micro_batch_size={BATCH // ranks // accumulation}",
-    ]
-    run_distributed(train_job, ranks, str(recipe), overrides)
-    got = rows(tmp_path / "run")
-    assert len(got) == len(curves[method]) == 20 and got[-1]["epoch"] == 20 * BATCH / NUM_IMAGES > 1
-    for mine, reference in zip(got, curves[method], strict=True):
-        assert mine.keys() == reference.keys()
-        for key, value in reference.items():
-            assert mine[key] == pytest.approx(value, rel=TOLERANCE, abs=1e-7), (key, reference["step"])
-        assert reference["grad_norm"] > 0.1, "clipping must be active"
+def test_curves_agree(curves, shards, tmp_path, method, layout, ranks, variant, workers):
+    got = train_cell(tmp_path, shards, (method, layout, ranks, variant), f"data.num_workers={workers}")
+    assert got[-1]["epoch"] == 20 * BATCH / NUM_IMAGES > 1
+    difference, column, step = largest_difference(got, curves[method])
+    assert difference < TOLERANCE["fp32"], (column, step)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("precision", "compiled"), [("bf16", False), ("fp32", True)])
-def test_other_precisions_and_compile_follow_the_curve(curves, shards, tmp_path, strategy, precision, compiled):
-    recipe = write_recipe(tmp_path / "run.yaml", "dinov2", shards=shards)
-    overrides = [f"strategy.name={strategy}", f"strategy.precision={precision}", f"strategy.compile={compiled}",
-                 "strategy.activation_checkpointing=blocks", "run.stop_after=8 steps"]  # fmt: skip
-    run_distributed(train_job, 2, str(recipe), overrides)
-    got = [row["loss"] for row in rows(tmp_path / "run")]
-    reference = [row["loss"] for row in curves["dinov2"]][:8]
-    assert got == pytest.approx(reference, rel=2e-2 if precision == "bf16" else TOLERANCE)
-    assert got != reference
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_bf16_follows_the_curve(curves, shards, tmp_path, layout):
+    extra = ["strategy.precision=bf16"]
+    got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), *extra)
+    difference, _, _ = largest_difference(got, curves["dinov2"], keys={"loss"})
+    assert 0 < difference < TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2"])
+def test_compiled_blocks_follow_the_curve(curves, shards, tmp_path, layout):
+    got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), "strategy.compile=true")
+    difference, column, step = largest_difference(got, curves["dinov2"])
+    assert 0 < difference < TOLERANCE["fp32"], (column, step)
