@@ -25,6 +25,7 @@ from launch.local import SIGNALS
 from scaler.recipe import load_recipe
 
 _MEETING = "join_timeout=900,read_timeout=900"  # torchrun itself waits for 60 s until the first node has started
+_PORTS = 1000  # from the job's port on, chosen by the number of the job: two may share their first node
 
 
 def plan(
@@ -42,7 +43,7 @@ def plan(
     """The job file.
 
     Args:
-        job: what to train. Its hosts are Slurm's to choose, and its port is the first of 1,000 that jobs share out.
+        job: what to train. Its hosts are Slurm's to choose, and its port is the first of those that jobs share out.
         time: limit as Slurm writes it; None: the partition's.
         partition: None: the default one.
         account: to be charged; None: the user's default.
@@ -57,9 +58,8 @@ def plan(
     """
     run_dir = load_recipe(job.recipe, overrides=job.overrides).run.dir
     name = re.sub(r"[^\w.-]+", "-", Path(run_dir).name) or "scaler"
-    for option in sbatch:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*(=\S+)?", option):
-            raise ValueError(f"{option!r} is no option of sbatch; write it without its dashes, as qos=high")
+    if job.port + _PORTS > 65536:
+        raise ValueError(f"port {job.port} leaves no room for {_PORTS} jobs; give one up to {65536 - _PORTS}")
     wanted = {
         "job-name": name,
         "nodes": job.nodes if job.min_nodes is None else f"{job.min_nodes}-{job.nodes}",
@@ -76,6 +76,9 @@ def plan(
     }
     lines = [f"--{key}={value}" for key, value in wanted.items() if value is not None]
     lines += ["--requeue", *(f"--{option}" for option in sbatch)]
+    for line in lines:
+        if not re.fullmatch(r"--[a-z][a-z0-9-]*(=\S+)?", line):
+            raise ValueError(f"{line!r} is no option of sbatch; write it without dashes and blanks, as qos=high")
     exports = {
         "PET_SIGNALS_TO_HANDLE": ",".join(number.name for number in SIGNALS),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace),  # torchrun would kill after 30 s
@@ -87,6 +90,7 @@ def plan(
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
         processes=job.processes,
         port=job.port,
+        ports=_PORTS,
         srun="srun" if cpus is None else f"srun --cpus-per-task={cpus}",  # srun does not take it over from sbatch
         grace=grace,
         python=shlex.quote(sys.executable),
@@ -119,7 +123,7 @@ echo "attempt $((${{SLURM_RESTART_COUNT:-0}} + 1)) of job $SLURM_JOB_ID on $SLUR
 place='PET_LOCAL_ADDR=$SLURMD_NODENAME PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0)),{meeting} exec "$@"'
 {srun} --wait={grace} bash -c "$place" node {python} -m torch.distributed.run \\
     --nnodes="$SLURM_NNODES" --nproc-per-node={processes} --max-restarts={max_restarts} \\
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$(({port} + SLURM_JOB_ID % 1000))" \\
+    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first:$(({port} + SLURM_JOB_ID % {ports}))" \\
     {train}
 code=$?
 

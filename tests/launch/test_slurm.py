@@ -17,9 +17,9 @@ from launch.slurm import plan
 from tests.runs import make_shards, rows, write_recipe
 from tests.slurm import Cluster, slurm
 
-# 1: the time limit as well, for which Slurm looks every 30 s only
+# 1: also the time limit, for which Slurm looks every 30 s only, and `scontrol requeue`
 LONG = os.environ.get("SCALER_TEST_SLURM") == "1"
-STEPS = 400 if LONG else 60
+STEPS = 500 if LONG else 60
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,16 @@ def wait_for_restart(cluster: Cluster, job: str, count: int) -> None:
         time.sleep(0.3)
 
 
-def test_a_job_that_was_interrupted_ends_as_the_unbroken_one(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+def test_a_job_that_was_interrupted_ends_as_the_unbroken_one(
+    cluster: Cluster, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference = recipe_for(tmp_path / "unbroken.yaml", shards)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, "-m", "scaler.train", str(reference)], check=True, capture_output=True)
 
     recipe_for(tmp_path / "a run.yaml", shards)  # relative to the folder of sbatch, with a blank
     job = Job(recipe="a run.yaml", overrides=("run.dir=a run",), nodes=2)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     number = submit(cluster, job, folder=tmp_path, time="20", grace=50)
     run_dir, log = tmp_path / "a run", tmp_path / f"a-run-{number}.out"
 
@@ -91,14 +93,18 @@ def test_a_job_that_was_interrupted_ends_as_the_unbroken_one(cluster: Cluster, s
         cluster.run(["scontrol", "update", f"JobId={number}", "TimeLimit=1"])
         wait_for_restart(cluster, number, 2)
         cluster.run(["scontrol", "update", f"JobId={number}", "TimeLimit=20"])
-        interruptions = 2
+        left = json.loads((run_dir / "exit.json").read_text())
+        wait_for_step(run_dir, left["step"] + 12)
+        cluster.run(["scontrol", "requeue", number])
+        wait_for_restart(cluster, number, 3)
+        interruptions = 3
 
     assert cluster.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", log.read_text()
     assert rows(run_dir) == rows(tmp_path / "unbroken")
     assert len(rows(run_dir)) == STEPS
     assert json.loads((run_dir / "exit.json").read_text())["reason"] == "done"
     text = log.read_text()
-    assert [f"attempt {i + 1} of job {number} on host[1-2]" in text for i in range(4)].count(True) == interruptions + 1
+    assert [f"attempt {i + 1} of job {number} on host[1-2]" in text for i in range(9)].count(True) == interruptions + 1
     assert text.count("resuming from ") == interruptions
     assert "2 ranks" in text
 
@@ -132,12 +138,11 @@ def test_the_file_says_what_was_asked_for(shards: Path, tmp_path: Path) -> None:
         processes=8,
         environment={"NCCL_DEBUG": "a b"},
     )
-    launch = plan(
-        job, time="12:00:00", partition="gpu", account="vision", cpus=96, memory="0", sbatch=["qos=high", "exclusive"]
-    )
+    asked = {"time": "12:00:00", "partition": "gpu", "account": "vision", "cpus": 96, "memory": "0"}
+    launch = plan(job, sbatch=["qos=high", "exclusive"], **asked)
     lines = launch.text.splitlines()
-    wanted = "nodes=2-4 gpus-per-node=8 cpus-per-task=96 mem=0 time=12:00:00 partition=gpu account=vision signal=USR1@120 requeue"
-    for option in [*wanted.split(), "qos=high", "exclusive", "job-name=it-s-here"]:
+    wanted = "time=12:00:00 partition=gpu account=vision cpus-per-task=96 mem=0 nodes=2-4 gpus-per-node=8 qos=high"
+    for option in [*wanted.split(), "signal=USR1@120", "requeue", "exclusive", "job-name=it-s-here"]:
         assert f"#SBATCH --{option}" in lines
     assert "export NCCL_DEBUG='a b'" in lines
     assert launch.files == {launch.command[1]: launch.text}
@@ -149,3 +154,7 @@ def test_the_file_says_what_was_asked_for(shards: Path, tmp_path: Path) -> None:
     assert "--gpus-per-node" not in plan(job, gpus=False).text
     with pytest.raises(ValueError, match="no option of sbatch"):
         plan(job, sbatch=["--qos=high"])
+    with pytest.raises(ValueError, match="no option of sbatch"):
+        plan(job, time="1 day")
+    with pytest.raises(ValueError, match="port 65000"):
+        plan(Job(recipe, port=65000))
