@@ -37,7 +37,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}  # by the
 _BY_CODE = {code: dtype for dtype, code in CODES.items()}
 _MAX_HEADER = 100_000_000  # bytes; as the safetensors package
 _FIRST_READ = 1 << 16  # bytes; holds most headers
-CHUNK = 1 << 23  # bytes that are hashed and written at a time, without the interpreter's lock
+_WRITE = 1 << 26  # bytes hashed and written at a time: every turn asks for the interpreter's lock, and so waits
+_READ = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def write_stream(write: Write, parts: Iterable[Any]) -> Written:
     digest, size = hashlib.sha256(), 0
     for part in parts:
         view = memoryview(part)
-        for at in range(0, len(view), CHUNK):
-            chunk = view[at : at + CHUNK]
+        for at in range(0, len(view), _WRITE):
+            chunk = view[at : at + _WRITE]
             digest.update(chunk)
             write(chunk)
         size += len(view)
@@ -140,7 +141,7 @@ def sha256_of(folder: Folder, name: str, *, size: int) -> str:
     Raises:
         ValueError: the file ends before.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, 2 * CHUNK)))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(size, _READ)))
     for start in range(0, size, len(buffer) or 1):
         part = buffer[: size - start]
         folder.read_into(name, start, part)

@@ -1,11 +1,13 @@
-"""Saving: the pieces are copied to host memory within a step, and written by a thread while the training goes on."""
+"""Saving: the pieces are copied to host memory within a step, and written by a thread while the training goes on.
+
+The thread is without the interpreter's lock but for moments, and has the priority of any other: a thread of low
+priority that has to wait for a core while it holds the lock would make the training wait with it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sys
 import threading
 import time
 import uuid
@@ -33,7 +35,6 @@ from scaler.collectives import World
 from scaler.strategies.base import Piece
 
 _WAIT_FOR_RANKS = 1800.0  # seconds rank 0 waits for the files of the others
-_NICE = 10  # the writing thread gives way to those that compute
 
 
 class Checkpointer:
@@ -177,7 +178,6 @@ class Checkpointer:
     def _write(self, folder: Folder, token: str, staged: Staged, manifest: dict[str, Any]) -> None:
         stem = f"rank-{self.world.rank:05d}-{token}"
         try:
-            _give_way()
             with folder.writing(f"{stem}.safetensors") as write:
                 written = write_stream(write, staged.parts())
             part = {"file": f"{stem}.safetensors", **written.entry(), "ranges": staged.ranges}
@@ -289,10 +289,3 @@ def _share(piece: Piece) -> tuple[Tensor, int]:
     chunk = -(-piece.data.numel() // piece.copies)
     first = min(piece.data.numel(), piece.copy * chunk)
     return piece.data[first : first + chunk], piece.start + first
-
-
-def _give_way() -> None:
-    """Lower this thread's priority; only Linux has one for each thread."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
