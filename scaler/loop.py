@@ -74,7 +74,7 @@ def train(
         ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
     meter, agreement = Throughput(), Agreement(world, count=3)
-    nonfinite, stop, saved_at, last_save = 0, 0, progress.step, time.monotonic()
+    began, nonfinite, stop, saved_at, last_save = progress.step, 0, 0, progress.step, time.monotonic()
 
     def save() -> None:
         nonlocal saved_at, last_save
@@ -128,6 +128,9 @@ def train(
                 method.after_step(hyper, strategy.lerp_)
             progress.step, progress.images = step + 1, progress.images + plan.global_batch_size
             meter.add(plan.global_batch_size)
+
+            if step == began:  # what was engaged, and its memory: gradients and activations are known by now
+                log.describe(strategy.report(), memory=world.gather_objects(strategy.memory()))
 
             # A step that was not taken, for another reason than the fp16 scale that is still looking for its value.
             nonfinite = 0 if result.taken or not strategy.loss_scale.exhausted else nonfinite + 1
@@ -191,9 +194,8 @@ def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its pixels and labels on the device; indices stay on the CPU, where parameters are drawn."""
-    views = {name: view.to(device, non_blocking=True) for name, view in batch["views"].items()}
-    return {**batch, "views": views, "labels": batch["labels"].to(device, non_blocking=True)}
+    """The batch with its pixels on the device; indices and labels stay on the CPU, where they are checked and used."""
+    return {**batch, "views": {name: view.to(device, non_blocking=True) for name, view in batch["views"].items()}}
 
 
 def reseed(seed: int, step: int, rank: int, micro_batch: int) -> None:

@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ class MetricsLog:
         if not self._active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._run_dir = run_dir
         self._files: dict[str, IO[bytes]] = {}
         for name in ("metrics", "rejected"):
             path = run_dir / f"{name}.jsonl"
@@ -105,6 +107,24 @@ class MetricsLog:
         """Print a line for people, above the bar where there is one."""
         if self._active:
             self._line.note(text)
+
+    def describe(self, report: dict[str, Any], *, memory: list[dict[str, int]]) -> None:
+        """Say what memory is for, and write it to `run.json` with the strategy's report and the software's versions.
+
+        Args:
+            report: what is engaged, by the strategy's own account.
+            memory: of each rank, bytes by part.
+        """
+        if not self._active:
+            return
+        largest = max(memory, key=lambda parts: sum(parts.values()))
+        gib = ", ".join(f"{part} {size / 2**30:.3g}" for part, size in largest.items())
+        self.note(f"memory of the fullest rank in GiB: {gib}")
+        packages = {name: metadata.version(name) for name in ("torch", "timm", "accelerate")}
+        values = {**report, "memory_bytes": largest, "memory_bytes_by_rank": memory, "versions": packages}
+        temporary = self._run_dir / ".run.json.tmp"
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+        temporary.replace(self._run_dir / "run.json")
 
     def sync(self) -> None:
         """Put the rows on the disk for good; called before a checkpoint, so that a power cut loses none before it."""

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ from shards.loader import ShardLoader, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 
 EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+_LET_RANK_0_SPEAK = 5.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +160,7 @@ def attempt(
 
     watch.beat("building the model")
     method = build_method(recipe, world=world)
+    method.check_classes(index.class_names)
     method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
@@ -318,27 +321,36 @@ def hyper_at(recipe: Recipe, method: Method, step: int, *, steps: Callable[[str]
 
 @contextlib.contextmanager
 def run_directory(run_dir: Path, *, rank: int) -> Iterator[None]:
-    """Rank 0 has the run directory to itself, and leaves in exit.json why the run failed, if it does.
+    """Rank 0 has the run directory to itself; if the run fails, exit.json says why.
+
+    A user's error usually strikes all ranks, and the launcher ends all as soon as one has ended, so the others let rank
+    0 speak first. An error of another kind on another rank is most often a peer that is gone, which is not the reason.
 
     Raises:
         ValueError: another run writes there.
     """
-    if rank != 0:
-        yield
-        return
-    with hold(run_dir):
-        (run_dir / "exit.json").unlink(missing_ok=True)  # of an earlier start
+    path = run_dir / "exit.json"
+    with hold(run_dir) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            path.unlink(missing_ok=True)  # of an earlier start
         try:
             yield
         except Exception as error:
-            write_exit(run_dir, reason="error", error=str(error).splitlines()[0] if str(error) else repr(error))
+            if rank == 0 or isinstance(error, ValueError):
+                deadline = time.monotonic() + (_LET_RANK_0_SPEAK if rank else 0)
+                while not path.exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                if not path.exists():
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    write_exit(run_dir, reason="error", error=reason)
             raise
 
 
 def write_exit(run_dir: Path, *, reason: str, **more: Any) -> None:
     """RUN/exit.json: why the run ended, and whether to start it again."""
     state = {"reason": reason, "requeue": reason == "signal", **more}
-    (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
+    with contextlib.suppress(FileNotFoundError):  # a rank that cannot see the run directory
+        (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
 
 
 @contextlib.contextmanager

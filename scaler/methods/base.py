@@ -65,7 +65,7 @@ class Method(nn.Module):
         """The device half of the augmentation: loader batch (uint8 views) → what `forward` takes (floats, masks).
 
         `batch` is on the training device: `views` {name: uint8 [count, m, 3, size, size]}, `ids`, `epochs`,
-        `positions` int64 [m] (position inside the global batch; on the CPU), `labels` int64 [m], and
+        `positions` and `labels` int64 [m] (position inside the global batch; all three on the CPU), and
         `global_batch_size` int. Every random parameter is keyed by (seed, epoch, id, view) or (seed, step, …).
         """
         raise NotImplementedError

@@ -255,15 +255,17 @@ class Strategy:
         its backward (on a CPU without the inputs that activation checkpointing keeps).
         """
         parameters = list(self.method.parameters())
-        state = [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
         trained = [self.local(p) for p in parameters if p.requires_grad]
         return {
             "parameters": storage_bytes([*trained, *self.master_weights()]),
             "gradients": self._gradient_bytes,
-            "optimizer": storage_bytes(local_shard(value) for value in state),
+            "optimizer": storage_bytes(local_shard(value) for value in self._state_tensors()),
             "teacher": storage_bytes(self.local(p) for p in parameters if not p.requires_grad),
             "activations": self._activation_bytes,
         }
+
+    def _state_tensors(self) -> list[Tensor]:
+        return [v for values in self.optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
 
     @contextlib.contextmanager
     def _measure_activations(self) -> Iterator[None]:
@@ -293,7 +295,9 @@ class Strategy:
             "ranks": self.world.size,
             "device": str(self.device),
             "precision": self.settings.precision,
+            "weights": _dtypes(self.local(p) for p in parameters),
             "optimizer": type(self.optimizer).__name__,
+            "optimizer_state": _dtypes(self._state_tensors()),
             "activation_checkpointing": self.settings.activation_checkpointing,
             "compile": self.settings.compile,
             "parameters": sum(self.numel(p) for p in parameters),
@@ -318,6 +322,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind the tensors, each piece of memory once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    """The floating-point types among live tensors, as "float32"."""
+    return " ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}))
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -60,7 +60,7 @@ class Supervised(PooledMethod):
             ValueError: an image without a label, or with one that is no class.
         """
         mean, std = self.normalization
-        labels = batch["labels"].cpu()
+        labels = batch["labels"]
         check_labels(labels, batch["ids"], num_classes=self.settings.num_classes)
         images = color_view(batch, self.color, seed=seed, mean=mean, std=std)
         keep = self._keep(batch, copies=1, kind="images", seed=seed, step=step)
