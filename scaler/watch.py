@@ -73,8 +73,8 @@ class Watch:
     def __init__(self, *, timeout: float, rank: int = 0) -> None:
         self.rank, self.world_size, self.timeout = rank, 1, timeout
         self._on_end: Callable[[str], None] = lambda line: None
-        self._interval = min(max(timeout / 20, 0.1), 5.0)
-        self._patience = max(3.0, 4 * self._interval)  # until a peer that says nothing new counts as silent
+        self._interval = min(max(timeout / 20, 0.1), 1.0)
+        self._patience = max(3.0, timeout / 60)  # until a peer that says nothing new counts as silent
         self._long = max(timeout - self._patience, timeout / 2)  # what a peer's clock must show to agree with ours
         self._beat, self._quiet = Beat(0, "start", 0), 0.0
         self._host, self._main = socket.gethostname(), threading.main_thread().ident

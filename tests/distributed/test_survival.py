@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,10 +25,12 @@ import pytest
 import torch
 
 from scaler.checkpoint import complete_checkpoints
+from tests.hosts import hosts
 from tests.runs import make_shards, rows, weights, write_recipe
 
 KILLS = int(os.environ.get("SCALER_TEST_GROUP_KILLS", "2"))  # per launcher; the issue's own figure is 25
 TERMS = int(os.environ.get("SCALER_TEST_GROUP_TERMS", "1"))  # per launcher; the issue's own figure is 20
+CUT = float(os.environ.get("SCALER_TEST_CUT_SECONDS", "5"))  # the issue's own figure is 20
 EVERY = 4  # steps from checkpoint to checkpoint
 STEPS = 3 * EVERY * (max(KILLS, TERMS) + 1)
 ROOT = Path(__file__).parents[2]
@@ -213,3 +216,99 @@ def test_the_deepspeed_command_dies_of_sigterm_and_its_run_saves_all_the_same(un
     with started(torchrun(recipe), recipe) as run:
         assert run.wait() == 0, run.output()
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_rank_whose_loader_hangs_is_named_and_the_group_starts_again(unbroken, shards, tmp_path):
+    """The loader's worker of rank 1 is stopped for good, as by a dead disk; its successor after the restart works."""
+    recipe = recipe_for(tmp_path / "run.yaml", shards, run={"timeout_minutes": 0.1})
+    with started(torchrun(recipe, "--max-restarts=1"), recipe) as run:
+        assert run.until(lambda: run.steps() >= EVERY + 1), run.output()
+        victim = run.workers()[1]
+        [loader] = [child for child in victim.children() if "scaler.train" in " ".join(child.cmdline())]
+        loader.suspend()
+        assert run.until(lambda: (run.run_dir / "hang.json").exists()), run.output()
+        assert run.wait() == 0, run.output()
+    host = re.escape(socket.gethostname())
+    wanted = rf"^error: rank 1 on {host} hangs in phase 'data' of step (\d+) for \d+ s: \S+\.py:\d+ \w+"
+    [step] = re.findall(wanted, run.output(), flags=re.MULTILINE)
+    assert int(step) > EVERY
+    report = json.loads((run.run_dir / "hang.json").read_text())
+    assert (loader.pid, "stopped") in [(child["pid"], child["status"]) for child in report["ranks"][1]["children"]]
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_network_of_a_host_is_cut_for_some_seconds(unbroken, shards, tmp_path):
+    """The run goes on as if nothing had been, be it that TCP outlives the cut or that the group starts again."""
+    recipe = recipe_for(tmp_path / "run.yaml", shards, run={"timeout_minutes": 1})
+    options = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=host1:29500", "--rdzv-id=cut", "--max-restarts=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+    with hosts(2) as machines, contextlib.ExitStack() as stack:
+        logs = [tmp_path / f"{machine.name}.log" for machine in machines]
+        agents = []
+        for machine, log in zip(machines, logs, strict=True):
+            file = stack.enter_context(log.open("wb"))
+            command = torchrun(recipe, *options, ranks=1)
+            agents.append(machine.popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+        run = Started(agents[0], recipe)
+        assert run.until(lambda: run.steps() >= 3), logs[0].read_text()
+        start = time.monotonic()
+        machines[1].cut()
+        time.sleep(CUT)
+        stood_at = run.steps()
+        machines[1].restore()
+        codes = [agent.wait(timeout=300) for agent in agents]
+        assert time.monotonic() - start < CUT + 200
+        said = "".join(log.read_text() for log in logs)
+        assert codes == [0, 0], said
+    assert stood_at < STEPS, "the cut came too late"
+    print(f"cut for {CUT} s: {said.count('resuming from ')} restarts of the group")
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_half_of_the_machines_are_lost_and_the_rest_goes_on_alone(unbroken, shards, tmp_path):
+    """Two torchrun agents, one killed with its worker: its rank is missing from then on, and its images are not."""
+    recipe = recipe_for(tmp_path / "run.yaml", shards, strategy={"min_ranks": 1})
+    options = ["--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=lost",
+               "--rdzv-conf=last_call_timeout=5", "--max-restarts=1"]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        agents = []
+        for name in ("one", "two"):  # the first one has the store
+            log = tmp_path / f"{name}.yaml"
+            agents.append(stack.enter_context(started(torchrun(recipe, *options, ranks=1), log)))
+            time.sleep(3)
+        one, two = agents
+        run = Started(one.process, recipe)
+        assert run.until(lambda: run.steps() >= EVERY + 1), one.output()
+        for process in (*two.workers().values(), two.process):
+            process.kill()
+        killed_at = run.steps()
+        assert one.wait() == 0, one.output()
+        output = one.output() + two.output()
+    assert "global batch 24 = 2 ranks × 1 micro-batches × 12" in output
+    assert "global batch 24 = 1 ranks × 1 micro-batches × 24" in output and output.count("engaged: ") == 2
+    mine, reference = rows(tmp_path / "run"), rows(unbroken)
+    kept = killed_at // EVERY * EVERY - EVERY  # the newest checkpoint may have been under way
+    assert len(mine) == len(reference) == STEPS and kept >= 0
+    assert mine[:kept] == reference[:kept]
+    for row, expected in zip(mine, reference, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_ranks_among_whom_the_batch_does_not_divide_idle_and_end_with_the_others(shards, tmp_path):
+    short = {"data": {"global_batch_size": 16, "num_workers": 0}, "schedule": {"total": "12 steps"}}
+    recipe = recipe_for(tmp_path / "run.yaml", shards, **short, strategy={"min_ranks": 2, "micro_batch_size": 5})
+    with started(torchrun(recipe, ranks=3), recipe) as run:
+        heartbeat = run.run_dir / "heartbeat" / "rank-00002.json"
+        assert run.until(heartbeat.exists), run.output()
+        idle = json.loads(heartbeat.read_text())
+        assert idle["phase"] == "idle" and idle["pid"] == run.workers()[2].pid
+        assert run.wait() == 0, run.output()
+    assert "2 of 3 ranks train, 1 idle" in run.output()
+    assert "global batch 16 = 2 ranks × 2 micro-batches × 4" in run.output()
+    assert len(rows(run.run_dir)) == 12
+    recipe = recipe_for(tmp_path / "three.yaml", shards, **short, strategy={"min_ranks": 3})
+    with started(torchrun(recipe, ranks=3), recipe) as run:
+        assert run.wait() == 1
+    assert "error: a global batch of 16 cannot be laid over 3 to 3 ranks" in run.output()
+    assert json.loads((run.run_dir / "exit.json").read_text())["requeue"] is False
