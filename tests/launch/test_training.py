@@ -1,6 +1,6 @@
 """Real trainings over two hosts, started by each launcher: the same curve as one process.
 
-By default two of them; SCALER_TEST_HOSTS=all runs all, and how a signal stops them.
+By default two of them; SCALER_TEST_HOSTS=all runs all, and how they end and go on.
 """
 
 from __future__ import annotations
@@ -89,17 +89,52 @@ def test_a_signal_saves_a_checkpoint_on_both_hosts(
 ) -> None:
     """Also the loss of whoever started it is one: nobody is left behind on the hosts."""
     run = tmp_path / "run"
-    words = [f"run.dir={run}", "schedule.total=100000 steps"]
-    process = start(machines[0], kind, reference, *words)
-    deadline = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    process = start(machines[0], kind, reference, f"run.dir={run}", "schedule.total=100000 steps")
+    wait_for_rows(run, 2, process)
     process.send_signal(signal.SIGUSR1 if kind == "deepspeed" else signal.SIGKILL)
     process.communicate(timeout=100)
+    deadline = time.monotonic() + 100
     while any(host.processes() for host in machines):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     state = yaml.safe_load((run / "exit.json").read_text())
     assert state["reason"] == "signal" and state["step"] >= 2
     assert (run / f"checkpoints/step-{state['step']:08d}/manifest.json").exists()
+
+
+@everything
+@pytest.mark.parametrize(("kind", "lost"), [("accelerate", "process"), ("torchrun", "process"), ("torchrun", "host")])
+def test_a_run_goes_on_without_what_it_lost(reference: Path, tmp_path: Path, kind: str, lost: str) -> None:
+    """A process is started again with all the others; without a host the rest does its work, if that is enough."""
+    schedule, run = "schedule.total=20 steps", tmp_path / "run"
+    with hosts(2) as (one, two):
+        words = [
+            f"run.dir={run}",
+            schedule,
+            "checkpoint.every=2 steps",
+            "strategy.min_ranks=1",
+            "run.timeout_minutes=1",
+        ]
+        process = start(one, kind, reference, *words)
+        wait_for_rows(run, 5, process)
+        if lost == "host":
+            two.lose()
+        else:
+            assert two.kill("python -u -m scaler.train") == 1
+        out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    ranks = [line.split("ranks ")[1][0] for line in out.splitlines() if "engaged: " in line]
+    assert ranks == ["2", "1" if lost == "host" else "2"]
+    assert run_distributed(train_job, 1, str(reference / "alone.yaml"), [schedule, f"run.dir={tmp_path}/whole"]) == [
+        "done"
+    ]
+    got, expected = rows(run), rows(tmp_path / "whole")
+    assert [row["step"] for row in got] == list(range(1, 21))
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in expected], rel=TOLERANCE)
+
+
+def wait_for_rows(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < count:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
