@@ -185,7 +185,8 @@ class LocalFolder(Folder):
 
     def remove_all(self) -> None:
         """See `Folder.remove_all`."""
-        shutil.rmtree(self._path, ignore_errors=not self._path.exists())
+        if self._path.exists():
+            shutil.rmtree(self._path)
 
 
 class RemoteFolder(Folder):
