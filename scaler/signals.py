@@ -6,6 +6,7 @@ import itertools
 import re
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -60,9 +61,23 @@ def launchers() -> list[psutil.Process]:
     found = []
     try:
         for parent in psutil.Process().parents():
-            if not any(_LAUNCHER.search(word) for word in parent.cmdline()[:4]):
+            if not _LAUNCHER.search(_program(parent.cmdline())):
                 break
             found.append(parent)
     except psutil.Error:  # one of them is ending right now
         pass
     return found
+
+
+def _program(command_line: list[str]) -> str:
+    """The program, or the script or module that Python runs."""
+    words = iter(command_line)
+    word = next(words, "")
+    if "python" not in Path(word).name:
+        return word
+    for word in words:
+        if word == "-m":
+            return next(words, "")
+        if not word.startswith("-"):
+            return word
+    return ""
