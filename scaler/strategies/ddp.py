@@ -56,7 +56,9 @@ class DDP(Strategy):
 
     def verify(self) -> None:
         """See `Strategy.verify`."""
-        assert (self.world.size > 1) == isinstance(self.module, DistributedDataParallel)
+        wrapped = isinstance(self.module, DistributedDataParallel)
+        assert (self.world.size > 1) == wrapped
+        assert not wrapped or self.module.static_graph == self.settings.static_graph
 
     @contextlib.contextmanager
     def accumulate(self, *, last: bool) -> Iterator[None]:

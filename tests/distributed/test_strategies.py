@@ -125,6 +125,14 @@ def test_mixed_precision_follows_fp32(reference, name, precision, tolerance):
         assert losses != reference["adamw"] and report["precision"] == precision
 
 
+def test_gradients_may_travel_in_bf16_under_fsdp2(reference):
+    exact, rounded = (
+        run_distributed(run, 2, "fsdp2", 1, "adamw", {"precision": "bf16", "reduce_precision": precision})[0][0]
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded == pytest.approx(reference["adamw"], rel=2e-2) and rounded != exact
+
+
 def poisoned(world: World, name: str) -> tuple[float, float, float, int]:
     """One good step, then one whose gradient is infinite on the last rank only."""
     strategy = tiny_strategy(name, world, precision="fp16")

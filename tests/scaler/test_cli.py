@@ -32,7 +32,8 @@ RECIPE = {
     "track": {"log_every": "1 steps", "tensorboard": False, "wandb": "disabled"},
     "run": {"seed": 3},
 }
-COMMANDS = [["convert"], ["index"], ["train"], ["batch"], ["eval", "knn"], ["demo"]]
+COMMANDS = [["convert"], ["index"], ["train"], ["batch"], ["eval", "knn"], ["demo"], ["launch"],
+            ["checkpoint", "show"], ["checkpoint", "verify"], ["checkpoint", "convert"], ["bench", "checkpoint"]]  # fmt: skip
 
 
 @dataclass(frozen=True)
