@@ -337,7 +337,7 @@ def batch(
 
 @evals.command(epilog="Example: scaler eval knn runs/first --train shards/train --val shards/val")
 def knn(
-    checkpoint: Annotated[Path, typer.Argument(help="A run directory (its newest checkpoint), or one checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(help="A run (its newest checkpoint) or one checkpoint; a path or URL.")],
     train_shards: Annotated[Path, typer.Option("--train", help="Labelled shards that hold the neighbours.")],
     val_shards: Annotated[Path, typer.Option("--val", help="Labelled shards to classify.")],
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
