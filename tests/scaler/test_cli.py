@@ -32,8 +32,11 @@ RECIPE = {
     "track": {"log_every": "1 steps", "tensorboard": False, "wandb": "disabled"},
     "run": {"seed": 3},
 }
-COMMANDS = [["convert"], ["index"], ["train"], ["batch"], ["eval", "knn"], ["demo"], ["launch"],
-            ["checkpoint", "show"], ["checkpoint", "verify"], ["checkpoint", "convert"], ["bench", "checkpoint"]]  # fmt: skip
+_NAMES = (
+    "convert, index, train, batch, eval knn, demo, launch, "
+    "checkpoint show, checkpoint verify, checkpoint convert, bench checkpoint"
+)
+COMMANDS = [name.split() for name in _NAMES.split(", ")]
 
 
 @dataclass(frozen=True)
