@@ -25,11 +25,18 @@ import pytest
 import torch
 
 from scaler.checkpoint import complete_checkpoints
+from scaler.collectives import World
+from scaler.methods.simclr.method import SimCLR
+from scaler.recipe import load_recipe
+from scaler.train import run
+from tests.distributed.helper import run_distributed
 from tests.hosts import hosts
-from tests.runs import make_shards, rows, weights, write_recipe
+from tests.runs import make_shards, rows, train_job, weights, write_recipe
 
 KILLS = int(os.environ.get("SCALER_TEST_GROUP_KILLS", "2"))  # per launcher; the issue's own figure is 25
-TERMS = int(os.environ.get("SCALER_TEST_GROUP_TERMS", "1"))  # per launcher; the issue's own figure is 20
+TERMS = int(
+    os.environ.get("SCALER_TEST_GROUP_TERMS", "1")
+)  # per launcher; the issue's own figure is 20; test_resume.py has torchrun
 CUT = float(os.environ.get("SCALER_TEST_CUT_SECONDS", "5"))  # the issue's own figure is 20
 EVERY = 4  # steps from checkpoint to checkpoint
 STEPS = 3 * EVERY * (max(KILLS, TERMS) + 1)
@@ -182,7 +189,7 @@ def test_a_killed_rank_costs_one_restart_of_the_group_and_not_one_bit(unbroken, 
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("launcher", [torchrun, accelerate])
+@pytest.mark.parametrize("launcher", [accelerate, torchrun] if TERMS > 1 else [accelerate])
 def test_sigterm_to_the_launcher_saves_and_the_next_start_goes_on(unbroken, shards, tmp_path, launcher):
     recipe = recipe_for(tmp_path / "run.yaml", shards)
     rng, step = random.Random(launcher.__name__), 0
@@ -312,3 +319,30 @@ def test_ranks_among_whom_the_batch_does_not_divide_idle_and_end_with_the_others
         assert run.wait() == 1
     assert "error: a global batch of 16 cannot be laid over 3 to 3 ranks" in run.output()
     assert json.loads((run.run_dir / "exit.json").read_text())["requeue"] is False
+
+
+def job_with_a_fault(world: World, recipe: str) -> tuple[str, int]:
+    """A run in which rank 1's losses are NaN at steps 6 and 7 when these first come; also counts the steps computed."""
+    learn, calls = SimCLR.learn, 0
+
+    def faulty(method: SimCLR, *args: Any) -> dict[str, Any]:
+        nonlocal calls
+        out, calls = learn(method, *args), calls + 1
+        return {**out, "loss": out["loss"] * float("nan")} if world.rank == 1 and calls in (6, 7) else out
+
+    SimCLR.learn = faulty  # type: ignore[method-assign]
+    return run(load_recipe(recipe)), calls
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_a_passing_fault_of_one_rank_sends_all_back(shards, tmp_path, strategy):
+    sections: dict[str, dict[str, Any]] = {
+        "schedule": {"total": "8 steps"},
+        "checkpoint": {"every": "2 steps"},
+        "run": {"max_nonfinite": 2},
+        "strategy": {"name": strategy, "precision": "fp32"},
+    }
+    whole, broken = (recipe_for(tmp_path / f"{name}.yaml", shards, **sections) for name in ("whole", "broken"))
+    assert run_distributed(train_job, 2, str(whole), []) == ["done"] * 2
+    assert run_distributed(job_with_a_fault, 2, str(broken)) == [("done", 7 + 4)] * 2  # back to step 4
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole") and len(rows(tmp_path / "whole")) == 8
