@@ -118,9 +118,9 @@ class MetricsLog:
         if not self._active:
             return
         largest = max(memory, key=lambda parts: sum(parts.values()))
-        gib = ", ".join(f"{part} {size / 2**30:.3g}" for part, size in largest.items())
-        self.note(f"memory of the fullest rank in GiB: {gib}")
-        packages = {name: metadata.version(name) for name in ("torch", "timm", "accelerate")}
+        mib = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in largest.items())
+        self.note(f"memory of the fullest rank in MiB: {mib}")
+        packages = {name: _version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
         values = {**report, "memory_bytes": largest, "memory_bytes_by_rank": memory, "versions": packages}
         temporary = self._run_dir / ".run.json.tmp"
         temporary.write_text(json.dumps(values, indent=1) + "\n")
@@ -189,6 +189,13 @@ def memory_gib(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cut_back(path: Path, *, step: int) -> None:

@@ -70,11 +70,13 @@ class Strategy:
     Class attributes:
         name: as in the recipe.
         sharded: whether a rank holds only a part of the gradients that it steps with.
+        cut: what else of the model is cut over the ranks, by the names of `memory`.
         reads: the settings that mean something to this strategy alone; the others are warned about if they are set.
     """
 
     name: ClassVar[str]
     sharded: ClassVar[bool]
+    cut: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
@@ -303,8 +305,17 @@ class Strategy:
             "parameters": sum(self.numel(p) for p in parameters),
             "trained_parameters": sum(self.numel(p) for p in parameters if p.requires_grad),
             "parameters_on_rank_0": sum(self.local(p).numel() for p in parameters),
-            "sharded": "nothing",
+            "sharded": self._sharded() or "nothing",
         }
+
+    def _sharded(self) -> str:
+        """The parts of `cut` that this method has, and over how many ranks; each of those holds its share."""
+        parts = [
+            part for part in self.cut if part != "teacher" or not all(p.requires_grad for p in self.method.parameters())
+        ]
+        copies = self.world.size // self.shard_world.size
+        over = f" over {self.shard_world.size} ranks" + (f", {copies} copies" if copies > 1 else "")
+        return ", ".join(parts) + over if parts else ""
 
 
 # Settings of the recipe's strategy section that only some strategies read.

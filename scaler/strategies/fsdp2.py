@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +26,7 @@ class FSDP2(Strategy):
 
     name = "fsdp2"
     sharded = True
+    cut = ("parameters", "gradients", "optimizer", "teacher")
     reads = frozenset({"reshard_after_forward", "cpu_offload", "shard_group", "reduce_precision"})
 
     def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -82,15 +82,6 @@ class FSDP2(Strategy):
         """See `Strategy.pieces`."""
         self._reshard()
         return super().pieces()
-
-    def report(self) -> dict[str, Any]:
-        """See `Strategy.report`."""
-        sharded = "parameters, gradients, optimizer, teacher"
-        copies = self.world.size // self.shard_world.size
-        return {
-            **super().report(),
-            "sharded": f"{sharded} over {self.shard_world.size} ranks" + (f", {copies} copies" if copies > 1 else ""),
-        }
 
     @property
     def _root(self) -> FSDPModule:

@@ -93,11 +93,9 @@ class Zero(Strategy):
 
     def report(self) -> dict[str, Any]:
         """See `Strategy.report`."""
-        cut = ("optimizer", "optimizer, gradients", "optimizer, gradients, parameters, teacher")[self.stage - 1]
         return {
             **super().report(),
             "optimizer": f"{type(self.zero).__name__} over {type(self.optimizer).__name__}",
-            "sharded": f"{cut} over {self.world.size} ranks",
         }
 
     def _flat_pieces(self, flat: Tensor, fragment: slice, start: int, parameter: nn.Parameter) -> dict[str, Piece]:
@@ -122,6 +120,7 @@ class Zero1(Zero):
 
     name = "zero1"
     stage = 1
+    cut: ClassVar[tuple[str, ...]] = ("optimizer",)
 
     def verify(self) -> None:
         """See `Strategy.verify`."""
@@ -188,6 +187,7 @@ class Zero2(Zero1):
 
     name = "zero2"
     stage = 2
+    cut = ("optimizer", "gradients")
 
 
 class Zero3(Zero):
@@ -195,6 +195,7 @@ class Zero3(Zero):
 
     name = "zero3"
     stage = 3
+    cut = ("parameters", "gradients", "optimizer", "teacher")
 
     def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See `Strategy.wrap`.
