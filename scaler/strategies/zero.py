@@ -59,6 +59,9 @@ class Zero(Strategy):
         if self.dtype is torch.float16:
             # DeepSpeed's autocast would bring a loss scale of its own beside ours: it is told nothing of fp16.
             method.forward = torch.autocast(self.device.type, dtype=self.dtype)(method.forward)  # type: ignore[method-assign]
+        if self.device.type == "cpu":
+            # Else it first compiles, under a lock, an operation for inference's all-reduce, which training never calls.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # DeepSpeed insists on a launcher's word
         self.engine, self.zero, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=config)
         return self.engine, self.zero.optimizer
