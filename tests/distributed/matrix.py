@@ -9,6 +9,7 @@ Prints a line a run and writes the table; a representative part of it is in the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from scaler.collectives import World
 from tests.distributed.helper import run_distributed
 from tests.runs import BATCH, make_shards, rows, train_job, write_recipe
 
@@ -44,16 +46,28 @@ def cells() -> Iterator[tuple[str, str, int, str]]:
                         yield method, layout, ranks, variant
 
 
-def train_cell(folder: Path, shards: Path, cell: tuple[str, str, int, str], *extra: str) -> list[dict[str, Any]]:
-    """Run a cell of the matrix in `folder`; returns its rows."""
+def write_cell(folder: Path, shards: Path, cell: tuple[str, str, int, str], *extra: str) -> tuple[str, list[str]]:
+    """The recipe of a cell, for a run in `folder`/run, and its overrides."""
     method, layout, ranks, variant = cell
+    folder.mkdir(exist_ok=True)
     recipe = write_recipe(folder / "run.yaml", method, shards=shards)
     micro = BATCH // ranks // (2 if variant == "accumulation" else 1)
     overrides = [*LAYOUTS[layout][0], f"strategy.micro_batch_size={micro}", *extra]
     if variant == "checkpointing":
         overrides.append("strategy.activation_checkpointing=blocks")
-    run_distributed(train_job, ranks, str(recipe), overrides)
+    return str(recipe), overrides
+
+
+def train_cell(folder: Path, shards: Path, cell: tuple[str, str, int, str], *extra: str) -> list[dict[str, Any]]:
+    """Run a cell of the matrix in `folder`; returns its rows."""
+    run_distributed(train_job, cell[2], *write_cell(folder, shards, cell, *extra))
     return rows(folder / "run")
+
+
+def train_all(world: World, jobs: list[tuple[str, list[str]]]) -> None:
+    """Runs one after the other in the same processes, which saves their start."""
+    for recipe, overrides in jobs:
+        train_job(world, recipe, overrides)
 
 
 def largest_difference(
@@ -81,34 +95,35 @@ def main() -> int:
     """Run the matrix; exit code 1 if a cell is out of tolerance."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", choices=list(TOLERANCE), default="fp32")
-    parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    keys = {"loss"} if arguments.precision == "bf16" else None
     found: dict[tuple[str, int, str], dict[str, str]] = {}
     worst = 0.0
     with tempfile.TemporaryDirectory() as name:
         shards = make_shards(Path(name))
-        references = {}
-        for method in arguments.methods:
-            folder = Path(name, method)
-            folder.mkdir()
-            references[method] = train_cell(folder, shards, (method, "ddp", 1, "plain"))
-        for number, cell in enumerate(c for c in cells() if c[0] in arguments.methods):
-            method, layout, ranks, variant = cell
-            folder = Path(name, str(number))
-            folder.mkdir()
+        references = {m: train_cell(Path(name, m), shards, (m, "ddp", 1, "plain")) for m in METHODS}
+        by_processes = itertools.groupby(sorted(cells(), key=lambda c: (c[2], c[1])), key=lambda c: (c[2], c[1]))
+        for (ranks, layout), group in by_processes:
+            folders = {cell: Path(name, "-".join(map(str, cell)).replace(" ", "-")) for cell in group}
+            extra = f"strategy.precision={arguments.precision}"
             began = time.monotonic()
-            extra = [f"strategy.precision={arguments.precision}"]
+            jobs = [write_cell(folder, shards, cell, extra) for cell, folder in folders.items()]
             try:
-                curve = train_cell(folder, shards, cell, *extra)
-                keys = {"loss"} if arguments.precision == "bf16" else None
-                difference, column, step = largest_difference(curve, references[method], keys=keys)
-                worst, text = max(worst, difference), f"{difference:.1e}"
-            except (RuntimeError, TimeoutError, AssertionError) as error:
-                worst, text, column, step = float("inf"), "failed", str(error)[-300:], 0
-            found.setdefault((layout, ranks, variant), {})[method] = text
-            print(*cell, text, column, step, f"{time.monotonic() - began:.0f} s", sep="  ", file=sys.stderr, flush=True)
-            arguments.out.write_text(table(found, arguments.methods))
+                run_distributed(train_all, ranks, jobs, timeout=1200)
+            except (RuntimeError, TimeoutError) as error:
+                print(str(error)[-2000:], file=sys.stderr)
+            for cell, folder in folders.items():
+                method, _, _, variant = cell
+                try:
+                    difference, column, step = largest_difference(rows(folder / "run"), references[method], keys=keys)
+                except (OSError, AssertionError):
+                    difference, column, step = float("inf"), "failed", 0
+                worst = max(worst, difference)
+                found.setdefault((layout, ranks, variant), {})[method] = f"{difference:.1e}"
+                print(*cell, f"{difference:.1e} {column} {step}", sep="  ", file=sys.stderr, flush=True)
+            print(f"{layout} on {ranks}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            arguments.out.write_text(table(found, METHODS))
     return int(worst > TOLERANCE[arguments.precision])
 
 
