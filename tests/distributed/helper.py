@@ -24,6 +24,8 @@ import torch.multiprocessing as mp
 
 from scaler.collectives import World
 
+# Imported once per test session, not once per process. DeepSpeed may ask CUDA for its devices, which no fork survives.
+_PRELOADED = ["tests.tiny", "tests.runs", *([] if torch.cuda.is_available() else ["scaler.strategies.zero"])]
 _GRACE = 5.0  # seconds that the other ranks get to fail by themselves once one has
 
 
@@ -36,8 +38,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         RuntimeError: a rank raised or died; the message holds its traceback, the first failure first.
         TimeoutError: the processes did not end within `timeout` seconds.
     """
-    context = mp.get_context("forkserver")  # torch is imported once per test session, not once per process
-    context.set_forkserver_preload(["tests.tiny"])
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory(prefix="distributed-") as name:
         folder = Path(name)
         jobs = pickle.dumps((fn, args))

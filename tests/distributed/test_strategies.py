@@ -39,7 +39,6 @@ SHARE = {"ddp": 1.0, "fsdp2": 0.6, "zero1": 1.0, "zero2": 1.0, "zero3": 0.6}  # 
         (2, 3, "adamw", {"activation_checkpointing": "blocks"}),
         (3, 2, "lars", {"activation_checkpointing": 1}),
         (3, 1, "sgd", {}),
-        (2, 2, "adamw", {"compile": True}),
     ],
 )
 def test_losses_do_not_depend_on_the_strategy(reference, name, ranks, micro_batches, optimizer, settings):
@@ -59,6 +58,8 @@ def test_losses_do_not_depend_on_the_strategy(reference, name, ranks, micro_batc
 @pytest.mark.parametrize(
     ("name", "ranks", "settings", "said"),
     [
+        ("ddp", 2, {"compile": True}, "nothing"),
+        ("zero3", 2, {"compile": True}, "teacher over 2 ranks"),
         ("fsdp2", 2, {"reshard_after_forward": False}, "over 2 ranks"),
         ("fsdp2", 4, {"shard_group": 2}, "over 2 ranks, 2 copies"),
         ("fsdp2", 3, {"shard_group": 1}, "over 1 ranks, 3 copies"),
@@ -78,7 +79,7 @@ def test_policies_change_no_result(reference, name, ranks, settings, said):
         assert said in report["sharded"]
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_offload_to_the_host_steps_with_deepspeeds_cpu_adam(reference, name):
     """Its C++ is built at first use; without a compiler there is nothing to test."""
     if shutil.which("ninja") is None and shutil.which("g++") is None:
