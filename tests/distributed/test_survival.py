@@ -272,6 +272,7 @@ def test_the_network_of_a_host_is_cut_for_some_seconds(unbroken, shards, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.mark.skipif(os.environ.get("SCALER_TEST_LONG") != "1", reason="takes minutes: SCALER_TEST_LONG=1 runs it")
 def test_half_of_the_machines_are_lost_and_the_rest_goes_on_alone(unbroken, shards, tmp_path):
     """Two torchrun agents, one killed with its worker: its rank is missing from then on, and its images are not."""
     recipe = recipe_for(tmp_path / "run.yaml", shards, strategy={"min_ranks": 1})

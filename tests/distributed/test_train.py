@@ -35,17 +35,14 @@ def curves(shards, tmp_path_factory):
         ("dinov2", "zero3", 3, "accumulation", 1),
         ("dinov2", "zero3", 2, "checkpointing", 0),
         ("simclr", "ddp", 3, "plain", 0),
-        ("simclr", "fsdp2", 1, "accumulation", 1),
         ("simclr", "fsdp2 hybrid", 4, "accumulation", 0),
         ("simclr", "zero1", 3, "accumulation", 0),
         ("simclr", "zero2", 2, "accumulation", 0),
         ("simclr", "zero3", 3, "accumulation", 0),
         ("supervised", "fsdp2", 2, "accumulation", 0),
-        ("supervised", "zero2", 3, "checkpointing", 2),
         ("supervised", "zero3", 2, "accumulation", 0),
         ("supervised_cnn", "ddp", 2, "checkpointing", 0),
         ("supervised_cnn", "fsdp2", 3, "plain", 0),
-        ("supervised_cnn", "zero1", 2, "plain", 0),
         ("supervised_cnn", "zero3", 3, "plain", 0),
     ],
 )
@@ -56,7 +53,7 @@ def test_curves_agree(curves, shards, tmp_path, method, layout, ranks, variant, 
     assert difference < TOLERANCE["fp32"], (column, step)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_bf16_follows_the_curve(curves, shards, tmp_path, layout):
     extra = ["strategy.precision=bf16"]
     got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), *extra)
