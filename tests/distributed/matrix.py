@@ -102,11 +102,11 @@ def main() -> int:
     worst = 0.0
     with tempfile.TemporaryDirectory() as name:
         shards = make_shards(Path(name))
-        references = {m: train_cell(Path(name, m), shards, (m, "ddp", 1, "plain")) for m in METHODS}
+        extra = f"strategy.precision={arguments.precision}"
+        references = {m: train_cell(Path(name, m), shards, (m, "ddp", 1, "plain"), extra) for m in METHODS}
         by_processes = itertools.groupby(sorted(cells(), key=lambda c: (c[2], c[1])), key=lambda c: (c[2], c[1]))
         for (ranks, layout), group in by_processes:
             folders = {cell: Path(name, "-".join(map(str, cell)).replace(" ", "-")) for cell in group}
-            extra = f"strategy.precision={arguments.precision}"
             began = time.monotonic()
             jobs = [write_cell(folder, shards, cell, extra) for cell, folder in folders.items()]
             try:
