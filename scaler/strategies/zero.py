@@ -101,8 +101,9 @@ class Zero(Strategy):
             "optimizer": f"{type(self.zero).__name__} over {type(self.optimizer).__name__}",
         }
 
-    def _flat_pieces(self, flat: Tensor, fragment: slice, start: int, parameter: nn.Parameter) -> dict[str, Piece]:
-        """The state of a trained parameter whose range from `start` on is `fragment` of this flat partition."""
+    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, Piece]:
+        """See `Strategy.optimizer_pieces`; here the state is that of flat partitions."""
+        flat, fragment, start = self._fragment(parameter)
         found = {}
         for key, value in self.optimizer.state[flat].items():
             if not isinstance(value, Tensor):
@@ -116,6 +117,10 @@ class Zero(Strategy):
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Shape of the whole parameter."""
         return tuple(parameter.shape)
+
+    def _fragment(self, parameter: nn.Parameter) -> tuple[Tensor, slice, int]:
+        """A trained parameter's flat partition, where in it this rank's part is, and what of it that starts at."""
+        raise NotImplementedError
 
 
 class Zero1(Zero):
@@ -156,11 +161,6 @@ class Zero1(Zero):
         live = tensor.detach().view(-1)[start : start + data.numel()]
         assert torch.equal(live, data.to(live)), "DeepSpeed's fragment is not this parameter's"
         return Piece(data, start, tuple(tensor.shape), copy=0, copies=1)
-
-    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, Piece]:
-        """See `Strategy.optimizer_pieces`."""
-        flat, fragment, start = self._fragment(parameter)
-        return self._flat_pieces(flat, fragment, start, parameter)
 
     def master_weights(self) -> list[Tensor]:
         """See `Strategy.master_weights`."""
@@ -276,11 +276,6 @@ class Zero3(Zero):
         else:
             data = tensor.ds_tensor.detach()[: self._count(tensor)]
         return Piece(data, start, self.shape(tensor), copy=0, copies=1)
-
-    def optimizer_pieces(self, parameter: nn.Parameter) -> dict[str, Piece]:
-        """See `Strategy.optimizer_pieces`."""
-        flat, fragment, start = self._fragment(parameter)
-        return self._flat_pieces(flat, fragment, start, parameter)
 
     def master_weights(self) -> list[Tensor]:
         """See `Strategy.master_weights`; without offloading they are the partitions themselves."""

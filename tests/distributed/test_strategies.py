@@ -82,7 +82,7 @@ def test_policies_change_no_result(reference, name, ranks, settings, said):
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_offload_to_the_host_steps_with_deepspeeds_cpu_adam(reference, name):
     """Its C++ is built at first use; without a compiler there is nothing to test."""
-    if shutil.which("ninja") is None and shutil.which("g++") is None:
+    if shutil.which("g++") is None:
         pytest.skip("DeepSpeed's CPU Adam needs g++")
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     for losses, report in run_distributed(run, 2, name, 2, "adamw", {"deepspeed_config": offload}):
