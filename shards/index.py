@@ -45,6 +45,7 @@ class Entry:
     key: str
     source: str
     label: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,19 @@
 
 Layout: one line of JSON (padded with spaces to a multiple of 8 bytes), then little-endian arrays over the n samples
 
-    offsets int64 · sizes int64 · labels int64 · key_ends int64 · source_ends int64 · extensions uint8
+    offsets int64 · sizes int64 · labels int64 · key_ends int64 · source_ends int64 · crc32 uint32 · extensions uint8
 
 and two utf-8 blobs, keys and sources, cut by the cumulative ends. A source that equals `KEY.extension` is stored as
-nothing. No pickle; the file is memory-mapped, and every number in it is checked before it is used.
+nothing. `crc32` (zlib's) of an image tells a picture that never could be decoded from one that was damaged since, on
+the disk or on its way here. The header's own `crc32` covers the file, so that a damaged offset file is an error,
+never other samples. No pickle; the file is memory-mapped, and every number is checked before it is used.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
 ENDING = ".offsets"
-_COLUMNS = (("offsets", "<i8"), ("sizes", "<i8"), ("labels", "<i8"), ("key_ends", "<i8"), ("source_ends", "<i8"))
-_ROW_BYTES = 8 * len(_COLUMNS) + 1
+_COLUMNS = {
+    "offsets": "<i8",
+    "sizes": "<i8",
+    "labels": "<i8",
+    "key_ends": "<i8",
+    "source_ends": "<i8",
+    "crc32": "<u4",
+    "extensions": "<u1",
+}
+_ROW_BYTES = sum(np.dtype(dtype).itemsize for dtype in _COLUMNS.values())
 _MAX_HEADER = 1 << 30
 
 Skipped = tuple[str, str]  # what was left out (a path or key), and why
@@ -39,6 +50,7 @@ class Sample:
     size: int
     label: int  # -1: none
     source: str
+    crc32: int  # of the image's bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class OffsetTable:
     _sizes: NDArray[np.int64]
     _key_ends: NDArray[np.int64]
     _source_ends: NDArray[np.int64]
+    _crc32: NDArray[np.uint32]
     _extensions: NDArray[np.uint8]
     _extension_names: list[str]
     _blobs: memoryview  # keys, then sources
@@ -77,6 +90,7 @@ class OffsetTable:
             size=int(self._sizes[local]),
             label=int(self.labels[local]),
             source=source or f"{key}.{extension}",
+            crc32=int(self._crc32[local]),
         )
 
     def _text(self, ends: NDArray[np.int64], local: int, *, base: int) -> str:
@@ -100,6 +114,18 @@ def pack_offsets(
     sources = [
         b"" if sample.source == f"{sample.key}.{sample.extension}" else _encode(sample.source) for sample in samples
     ]
+    codes = {name: code for code, name in enumerate(extension_names)}
+    columns = {
+        "offsets": [sample.offset for sample in samples],
+        "sizes": [sample.size for sample in samples],
+        "labels": [sample.label for sample in samples],
+        "key_ends": np.cumsum([len(key) for key in keys]),
+        "source_ends": np.cumsum([len(source) for source in sources]),
+        "crc32": [sample.crc32 for sample in samples],
+        "extensions": [codes[sample.extension] for sample in samples],
+    }
+    arrays = [np.asarray(columns[name], dtype).tobytes() for name, dtype in _COLUMNS.items()]
+    body = b"".join([*arrays, *keys, *sources])
     header = {
         "format": FORMAT,
         "shard": shard_name,
@@ -111,19 +137,10 @@ def pack_offsets(
         "source_bytes": sum(map(len, sources)),
         "skipped": [list(pair) for pair in skipped],
     }
+    header["crc32"] = _checksum(header, body)
     line = json.dumps(header).encode()
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
-    columns = [
-        [sample.offset for sample in samples],
-        [sample.size for sample in samples],
-        [sample.label for sample in samples],
-        np.cumsum([len(key) for key in keys]),
-        np.cumsum([len(source) for source in sources]),
-    ]
-    codes = {name: code for code, name in enumerate(extension_names)}
-    extensions = bytes(codes[sample.extension] for sample in samples)
-    arrays = [np.asarray(column, dtype="<i8").tobytes() for column in columns]
-    return b"".join([line, *arrays, extensions, *keys, *sources])
+    return line + body
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -148,11 +165,12 @@ def load_offsets(path: Path) -> OffsetTable:
     blob_bytes = header["key_bytes"] + header["source_bytes"]
     if len(data) != len(line) + size * _ROW_BYTES + blob_bytes:
         raise _damaged(path, f"{len(data)} bytes where {len(line) + size * _ROW_BYTES + blob_bytes} were expected")
+    if _checksum(json.loads(line), data[len(line) :]) != header["crc32"]:
+        raise _damaged(path, "its crc32 is not the one in its first line")
     columns, position = {}, len(line)
-    for name, dtype in _COLUMNS:
+    for name, dtype in _COLUMNS.items():
         columns[name] = np.frombuffer(data, dtype=dtype, count=size, offset=position)
-        position += 8 * size
-    extensions = np.frombuffer(data, dtype=np.uint8, count=size, offset=position)
+        position += columns[name].nbytes
     offsets, sizes = columns["offsets"], columns["sizes"]
     if size:
         if sizes.min() < 0 or offsets.min() < 0 or (offsets > header["bytes"] - sizes).any():
@@ -162,7 +180,7 @@ def load_offsets(path: Path) -> OffsetTable:
         for ends, total in ((columns["key_ends"], "key_bytes"), (columns["source_ends"], "source_bytes")):
             if ends[0] < 0 or (ends[1:] < ends[:-1]).any() or ends[-1] != header[total]:
                 raise _damaged(path, "the keys do not fit together")
-        if extensions.max() >= len(header["extensions"]):
+        if columns["extensions"].max() >= len(header["extensions"]):
             raise _damaged(path, "an unknown image ending")
     return OffsetTable(
         shard_name=header["shard"],
@@ -174,9 +192,10 @@ def load_offsets(path: Path) -> OffsetTable:
         _sizes=sizes,
         _key_ends=columns["key_ends"],
         _source_ends=columns["source_ends"],
-        _extensions=extensions,
+        _crc32=columns["crc32"],
+        _extensions=columns["extensions"],
         _extension_names=header["extensions"],
-        _blobs=data[position + size :],
+        _blobs=data[position:],
     )
 
 
@@ -187,7 +206,7 @@ def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
         raise _damaged(path, "its first line is not JSON") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise _damaged(path, f"format {header.get('format') if isinstance(header, dict) else None}, not {FORMAT}")
-    counts = [header.get(name) for name in ("bytes", "samples", "key_bytes", "source_bytes")]
+    counts = [header.get(name) for name in ("bytes", "samples", "key_bytes", "source_bytes", "crc32")]
     texts = [header.get(name) for name in ("shard", "sha256")]
     endings, skipped = header.get("extensions"), header.get("skipped")
     sound = (
@@ -200,6 +219,12 @@ def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
     if not sound:
         raise _damaged(path, "its first line lacks a field or holds a wrong one")
     return {**header, "skipped": [(what, why) for what, why in header["skipped"]]}
+
+
+def _checksum(header: dict[str, Any], body: bytes | memoryview) -> int:
+    """Of the header's other fields and of all that follows it."""
+    fields = json.dumps({name: value for name, value in header.items() if name != "crc32"}).encode()
+    return zlib.crc32(body, zlib.crc32(fields))
 
 
 def _is_texts(value: object) -> bool:

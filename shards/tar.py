@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 from shards.keys import NAME_BYTES, PREFIX_BYTES, split_name
 from shards.offsets import Sample, Skipped
@@ -75,7 +77,10 @@ def scan_tar(path: Path, *, image_extensions: Sequence[str]) -> tuple[list[Sampl
                 image, label = endings[extension], -1
                 if "cls" in endings:
                     label = _parse_label(archive, endings["cls"], path=path)
-                samples.append(Sample(key, extension, image.offset_data, image.size, label, source=image.name))
+                crc32 = _crc32(file, image)
+                samples.append(
+                    Sample(key, extension, image.offset_data, image.size, label, source=image.name, crc32=crc32)
+                )
             file.seek(archive.offset)
             if file.read(BLOCK) != bytes(BLOCK):
                 raise ValueError(f"shard {path} is cut off or damaged after byte {archive.offset}; copy it again")
@@ -100,6 +105,16 @@ def _members(archive: tarfile.TarFile, skipped: list[Skipped]) -> Iterator[tuple
             skipped.append((printable(member.name), "a link, a sparse or a special file"))
         else:
             yield match[1], match[2].lower(), member
+
+
+def _crc32(file: BinaryIO, member: tarfile.TarInfo) -> int:
+    file.seek(member.offset_data)
+    left, crc32 = member.size, 0
+    while left:
+        if not (piece := file.read(min(left, 1 << 20))):
+            raise EOFError(f"{member.name!r} ends early")
+        left, crc32 = left - len(piece), zlib.crc32(piece, crc32)
+    return crc32
 
 
 def _parse_label(archive: tarfile.TarFile, member: tarfile.TarInfo, *, path: Path) -> int:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import stat
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def write_shard(
             if json_member:
                 about = {"path": file.path, "width": info.width, "height": info.height}
                 archive.add(f"{file.key}.json", json.dumps(about).encode())
-            samples.append(Sample(file.key, extension, offset, len(data), file.label, source=file.path))
+            crc32 = zlib.crc32(data)
+            samples.append(Sample(file.key, extension, offset, len(data), file.label, source=file.path, crc32=crc32))
         num_bytes, sha256 = archive.finish()
     offsets = pack_offsets(samples, shard_name=task.path.name, num_bytes=num_bytes, sha256=sha256, skipped=skipped)
     write_atomic(offset_path(task.path), offsets)

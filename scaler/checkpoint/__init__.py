@@ -21,8 +21,8 @@ from scaler.checkpoint.manifest import (
     run_checkpoints,
     verify,
 )
-from scaler.checkpoint.places import Location, locate
 from scaler.checkpoint.saving import Checkpointer
+from shards.places import Location, locate
 
 __all__ = [
     "Checkpointer",

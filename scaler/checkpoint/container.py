@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from scaler.checkpoint.places import Folder, Write
+from shards.places import Folder, Write
 
 CODES = {
     torch.float64: "F64",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from scaler.checkpoint.container import DTYPES, Entry, read_header
 from scaler.checkpoint.manifest import in_threads, read_manifest, resolve_checkpoint, verify
-from scaler.checkpoint.places import Location, folder_at, locate
 from scaler.strategies.base import Piece
+from shards.places import Location, folder_at, locate
 
 RUN = 1 << 23  # most bytes that are read at once
 _GAP = 1 << 18  # bytes that are rather read for nothing than asked around

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from scaler.checkpoint.container import DTYPES, read_header, sha256_of
-from scaler.checkpoint.places import Folder, Location, folder_at, locate
 from scaler.collectives import World
+from shards.places import Folder, Location, folder_at, locate
 
 FORMAT = 1
 MANIFEST = "manifest.json"

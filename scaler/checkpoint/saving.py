@@ -30,9 +30,9 @@ from scaler.checkpoint.manifest import (
     step_of,
     write_manifest,
 )
-from scaler.checkpoint.places import Folder, Location, folder_at, locate
 from scaler.collectives import World
 from scaler.strategies.base import Piece
+from shards.places import Folder, Location, folder_at, locate
 
 _WAIT_FOR_RANKS = 1800.0  # seconds rank 0 waits for the files of the others
 

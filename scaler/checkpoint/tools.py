@@ -11,7 +11,7 @@ from typing import Any, Literal
 from scaler.checkpoint.container import DTYPES, Written, lay_out, write_stream
 from scaler.checkpoint.loading import Reader, read_ahead
 from scaler.checkpoint.manifest import MANIFEST, in_threads, resolve_checkpoint, verify, write_manifest
-from scaler.checkpoint.places import Folder, Location, folder_at, locate
+from shards.places import Folder, Location, folder_at, locate
 
 Part = Literal["method", "student", "teacher", "all"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from scaler.checkpoint.container import CODES, lay_out, read_header, sha256_of, write_stream
-from scaler.checkpoint.places import LocalFolder
+from shards.places import LocalFolder
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:

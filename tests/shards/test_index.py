@@ -375,7 +375,7 @@ def test_no_warning_by_chance(tmp_path: Path, share: float) -> None:
 
 def write_offsets(folder: Path, labels: list[int]) -> None:
     folder.mkdir()
-    samples = [Sample(f"{i}", "jpg", 512 * i, 512, label, f"{i}.jpg") for i, label in enumerate(labels)]
+    samples = [Sample(f"{i}", "jpg", 512 * i, 512, label, f"{i}.jpg", crc32=0) for i, label in enumerate(labels)]
     data = pack_offsets(samples, shard_name="s.tar", num_bytes=10**6, sha256="0" * 64, skipped=[])
     (folder / "s.offsets").write_bytes(data)
     ShardIndex(folder, shards=[ShardRecord("s.tar", 10**6, len(labels), "0" * 64)], class_names=["a", "b"]).save()

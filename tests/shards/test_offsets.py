@@ -21,7 +21,13 @@ def a_sample(draw: st.DrawFn) -> Sample:
     key, extension = draw(TEXT), draw(st.sampled_from(["jpg", "jpeg", "png", "webp", "seg.png"]))
     source = draw(st.one_of(st.just(f"{key}.{extension}"), TEXT, st.just("caf\udce9.jpg")))
     return Sample(
-        key, extension, draw(st.integers(0, SHARD_BYTES - size)), size, draw(st.integers(-1, 1 << 40)), source
+        key,
+        extension,
+        draw(st.integers(0, SHARD_BYTES - size)),
+        size,
+        draw(st.integers(-1, 1 << 40)),
+        source,
+        draw(st.integers(0, (1 << 32) - 1)),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scaler.checkpoint.places import Url, folder_at, locate
+from shards.places import Url, folder_at, locate
 from tests.s3 import BUCKET, forbidden, s3_server
 
 
