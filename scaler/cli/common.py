@@ -1,0 +1,33 @@
+"""What the commands share: options, errors of use, tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values, as optim.lr=1e-3.")
+]
+
+
+class WrongUse(ValueError):
+    """The command itself cannot be right; exit code 2."""
+
+
+def group(text: str) -> typer.Typer:
+    """An empty group of commands."""
+    return typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+
+
+def print_table(values: dict[str, Any]) -> None:
+    """Names and values in two columns, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in values.items():
+        table.add_row(name, str(value))
+    Console().print(table)

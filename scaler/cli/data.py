@@ -1,0 +1,134 @@
+"""Shards: made, indexed, looked into."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaler.cli.common import Json, Workers
+
+data = typer.Typer()
+_SHOWN = 20  # rejected files that are listed without --json
+
+
+@data.command(epilog="Example: scaler convert photos/train shards/train --shard-size 256MB")
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of images, or of class folders.")],
+    destination: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
+    name: Annotated[str, typer.Option(help="Shards are called NAME-000000.tar, …")] = "shard",
+    shard_size: Annotated[str, typer.Option(help="Bytes of a shard, as 256MB or 1GiB.")] = "256MB",
+    workers: Workers = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which files go into shards.")] = 0,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Or in the order of paths.")] = True,
+    labels: Annotated[
+        bool | None,
+        typer.Option("--labels/--no-labels", help="Folders are classes, or not.", show_default="as it looks"),
+    ] = None,
+    json_member: Annotated[bool, typer.Option("--json-member", help="Add path, width and height as KEY.json.")] = False,
+    decode_check: Annotated[bool, typer.Option("--decode-check", help="Decode every image whole (slow).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a folder of images as WebDataset shards; interrupted and repeated, it goes on.
+
+    Bytes are kept as they are. Files that are no readable image are listed with the reason, and the exit code is 1.
+    """
+    from shards.convert import convert as convert_folder
+
+    report = convert_folder(
+        source,
+        destination,
+        name=name,
+        shard_size=shard_size,
+        workers=workers,
+        seed=seed,
+        shuffle=shuffle,
+        labels=labels,
+        json_member=json_member,
+        decode_check=decode_check,
+        progress=not as_json,
+    )
+    rejected, ignored = ([list(pair) for pair in pairs] for pairs in (report.rejected, report.ignored))
+    if as_json:
+        print(json.dumps({**vars(report), "rejected": rejected, "ignored": ignored}))
+    else:
+        print(
+            f"{report.num_samples} images of {len(report.class_names)} classes in {report.num_shards} shards "
+            f"({report.num_bytes / 1e6:.1f} MB) in {destination}"
+            + (f"; {report.num_skipped_finished} shards were there already" if report.num_skipped_finished else "")
+            + (f"; {len(ignored)} files that are no images were left out" if ignored else "")
+        )
+        _list_rejected(rejected, "files were rejected")
+    if rejected:
+        raise typer.Exit(1)
+
+
+@data.command(epilog="Example: scaler index shards/laion --workers 8")
+def index(
+    destination: Annotated[Path, typer.Argument(help="Folder that holds the .tar files.")],
+    workers: Workers = None,
+    image_ext: Annotated[
+        list[str] | None,
+        typer.Option(help="Ending of the images; may be given again.", show_default="jpg jpeg png webp"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on."""
+    from shards.folder import IMAGE_EXTENSIONS
+    from shards.index import build_index
+
+    shards = build_index(
+        destination,
+        workers=workers,
+        image_extensions=[ending.removeprefix(".").lower() for ending in image_ext or IMAGE_EXTENSIONS],
+        progress=not as_json,
+    )
+    skipped = [list(pair) for pair in shards.skipped()]
+    if as_json:
+        facts = {"num_samples": shards.num_samples, "num_shards": len(shards.shard_names)}
+        print(json.dumps({**facts, "class_names": shards.class_names, "skipped": skipped}))
+        return
+    print(
+        f"{shards.num_samples} images of {len(shards.class_names)} classes in {len(shards.shard_names)} shards, "
+        f"fingerprint {shards.fingerprint[:12]}"
+    )
+    _list_rejected(skipped, "members were left out")
+
+
+def _list_rejected(pairs: list[list[str]], what: str) -> None:
+    for path, reason in pairs[:_SHOWN]:
+        print(f"{path}: {reason}", file=sys.stderr)
+    if len(pairs) > _SHOWN:
+        print(f"… and {len(pairs) - _SHOWN} more; --json lists them all", file=sys.stderr)
+    if pairs:
+        print(f"{len(pairs)} {what}", file=sys.stderr)
+
+
+@data.command(epilog="Example: scaler batch runs/first --step 120 --keys")
+def batch(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    step: Annotated[int, typer.Option(min=1, help="Counted from 1, as in metrics.jsonl.")],
+    keys: Annotated[bool, typer.Option("--keys", help="Only the keys, one a line.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the views as the workers cut them to this PNG.")] = None,
+    sheet_rows: Annotated[int, typer.Option(min=1, help="Samples that --sheet draws at most.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """List the samples of any step of a run, in the order of the global batch; nothing is trained for it."""
+    from scaler.batches import contact_sheet, run_batch
+
+    found = run_batch(run_dir, step=step)
+    if sheet is not None:
+        contact_sheet(found, limit=sheet_rows).save(sheet)
+    if as_json:
+        print(json.dumps({"step": step, "first_image": found.first_image, "samples": found.rows()}))
+    elif keys:
+        print("\n".join(found.keys()))
+    elif sheet is not None:
+        print(f"step {step}: {min(sheet_rows, len(found.batch.ids))} of {len(found.batch.ids)} samples in {sheet}")
+    else:
+        print("position\tepoch\tkey\tsource")
+        for row in found.rows():
+            print(row["position"], row["epoch"], row["key"], row["source"], sep="\t")
