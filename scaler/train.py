@@ -44,7 +44,8 @@ from scaler.strategies.fsdp2 import shard_width
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import Meeting, dismiss, join, meet, wait_for_end
 from scaler.watch import Watch
-from shards.index import ShardIndex, sorted_by_class
+from shards.index import ShardIndex
+from shards.indexing import sorted_by_class
 from shards.loader import ShardLoader, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 

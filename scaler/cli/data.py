@@ -78,7 +78,7 @@ def index(
 ) -> None:
     """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on."""
     from shards.folder import IMAGE_EXTENSIONS
-    from shards.index import build_index
+    from shards.indexing import build_index
 
     shards = build_index(
         destination,

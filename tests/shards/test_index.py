@@ -19,7 +19,8 @@ import pytest
 import webdataset
 
 from shards.convert import convert
-from shards.index import ShardIndex, ShardRecord, build_index, sorted_by_class
+from shards.index import ShardIndex, ShardRecord
+from shards.indexing import build_index, sorted_by_class
 from shards.offsets import Sample, pack_offsets
 from tests.images import encode_image, make_image_folder, make_pixels
 
