@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shards.places import Location
 
 FORMAT = 2
 ENDING = ".offsets"
@@ -98,9 +101,14 @@ class OffsetTable:
         return bytes(self._blobs[base + start : base + int(ends[local])]).decode("utf-8", "surrogateescape")
 
 
-def offset_path(shard: Path) -> Path:
+def offset_name(shard_name: str) -> str:
     """`NAME-000000.tar` → `NAME-000000.offsets`, beside it."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ENDING)
+    return shard_name.removesuffix(".tar") + ENDING
+
+
+def offset_path(shard: Path) -> Path:
+    """The offset file of a shard of this machine."""
+    return shard.with_name(offset_name(shard.name))
 
 
 def pack_offsets(
@@ -156,11 +164,22 @@ def load_offsets(path: Path) -> OffsetTable:
     """Memory-map an offset file; `ValueError` naming it when anything in it does not fit together."""
     try:
         with open(path, "rb") as file:
-            line = file.readline(_MAX_HEADER)
-            header = _parse_header(line, path)
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if not os.fstat(file.fileno()).st_size:
+                raise _damaged(path, "it is empty")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
+    table = parse_offsets(data, path)
+    if hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED)  # the check has read all of it; a few samples of it are needed at a time
+    return table
+
+
+def parse_offsets(file: bytes | mmap.mmap, path: Location) -> OffsetTable:
+    """The table in the bytes of an offset file; `ValueError` naming `path` when they do not fit together."""
+    line = file[: file.find(b"\n") + 1]
+    header = _parse_header(line, path)
+    data = memoryview(file)
     size = header["samples"]
     blob_bytes = header["key_bytes"] + header["source_bytes"]
     if len(data) != len(line) + size * _ROW_BYTES + blob_bytes:
@@ -199,7 +218,7 @@ def load_offsets(path: Path) -> OffsetTable:
     )
 
 
-def _parse_header(line: bytes, path: Path) -> dict[str, Any]:
+def _parse_header(line: bytes, path: Location) -> dict[str, Any]:
     try:
         header = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -235,7 +254,7 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # names in old tars and file systems need not be utf-8
 
 
-def _damaged(path: Path, what: str) -> ValueError:
+def _damaged(path: Location, what: str) -> ValueError:
     return ValueError(
         f"offset file {path} is damaged or missing: {what}; `scaler index {path.parent}` makes it anew from the shard"
     )
