@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from shards.places import Location
 
@@ -115,34 +115,65 @@ def pack_offsets(
     samples: Sequence[Sample], *, shard_name: str, num_bytes: int, sha256: str, skipped: Sequence[Skipped]
 ) -> bytes:
     """The bytes of an offset file; `num_bytes` and `sha256` are the shard's."""
-    extension_names = sorted({sample.extension for sample in samples})
+    return pack_columns(
+        keys=[sample.key for sample in samples],
+        extensions=[sample.extension for sample in samples],
+        offsets=[sample.offset for sample in samples],
+        sizes=[sample.size for sample in samples],
+        labels=[sample.label for sample in samples],
+        sources=[sample.source for sample in samples],
+        crc32=[sample.crc32 for sample in samples],
+        shard_name=shard_name,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        skipped=skipped,
+    )
+
+
+def pack_columns(
+    *,
+    keys: Sequence[str],
+    extensions: Sequence[str],
+    offsets: ArrayLike,
+    sizes: ArrayLike,
+    labels: ArrayLike,
+    sources: Sequence[str],
+    crc32: ArrayLike,
+    shard_name: str,
+    num_bytes: int,
+    sha256: str,
+    skipped: Sequence[Skipped],
+) -> bytes:
+    """`pack_offsets` of samples given by their fields, each as n values."""
+    extension_names = sorted(set(extensions))
     if len(extension_names) > 256:
         raise ValueError(f"{shard_name} holds {len(extension_names)} different image endings; at most 256 are possible")
-    keys = [_encode(sample.key) for sample in samples]
-    sources = [
-        b"" if sample.source == f"{sample.key}.{sample.extension}" else _encode(sample.source) for sample in samples
+    key_texts = [_encode(key) for key in keys]
+    source_texts = [
+        b"" if source == f"{key}.{extension}" else _encode(source)
+        for key, extension, source in zip(keys, extensions, sources, strict=True)
     ]
     codes = {name: code for code, name in enumerate(extension_names)}
-    columns = {
-        "offsets": [sample.offset for sample in samples],
-        "sizes": [sample.size for sample in samples],
-        "labels": [sample.label for sample in samples],
-        "key_ends": np.cumsum([len(key) for key in keys]),
-        "source_ends": np.cumsum([len(source) for source in sources]),
-        "crc32": [sample.crc32 for sample in samples],
-        "extensions": [codes[sample.extension] for sample in samples],
+    columns: dict[str, ArrayLike] = {
+        "offsets": offsets,
+        "sizes": sizes,
+        "labels": labels,
+        "key_ends": np.cumsum([len(key) for key in key_texts]),
+        "source_ends": np.cumsum([len(source) for source in source_texts]),
+        "crc32": crc32,
+        "extensions": [codes[extension] for extension in extensions],
     }
     arrays = [np.asarray(columns[name], dtype).tobytes() for name, dtype in _COLUMNS.items()]
-    body = b"".join([*arrays, *keys, *sources])
+    body = b"".join([*arrays, *key_texts, *source_texts])
     header = {
         "format": FORMAT,
         "shard": shard_name,
         "bytes": num_bytes,
         "sha256": sha256,
-        "samples": len(samples),
+        "samples": len(keys),
         "extensions": extension_names,
-        "key_bytes": sum(map(len, keys)),
-        "source_bytes": sum(map(len, sources)),
+        "key_bytes": sum(map(len, key_texts)),
+        "source_bytes": sum(map(len, source_texts)),
         "skipped": [list(pair) for pair in skipped],
     }
     header["crc32"] = _checksum(header, body)
