@@ -2,8 +2,7 @@
 
 The header is read first, and the crop boxes of all views are drawn from it, so that a JPEG can be decoded at the
 smallest of the scales 1, ½, ¼ and ⅛ (done in the DCT, nearly free) at which every crop still has as many pixels as its
-view; boxes are then rounded to the scaled pixels. The resize is torch's antialiased one on a channels-last view of the
-decoded array, the fastest on a CPU (and the same as torchvision's v2 transforms).
+view. shards/resize.py cuts the views.
 
 Pixels are 8-bit RGB as Pillow's `convert("RGB")` gives them: grey and palette images are expanded, alpha is dropped
 (not composited), CMYK is converted, an animation gives its first frame; 16-bit greys are scaled by 255/65535. The EXIF
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from torch import Tensor
-from torch.nn import functional as F
 
 from shards.image_header import DEFAULT_MAX_PIXELS, DecodeError, ImageInfo, inspect
 from shards.random import Key, keyed_uniform
+from shards.resize import Cut, Pixels, cut
 
 __all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "ImageInfo", "View", "decode_into", "decode_views", "draw", "inspect"]
 
@@ -36,6 +36,15 @@ _SCALES = (8, 4, 2)  # DCT scales 1/s, smallest picture first
 _MAX_ELONGATION = 8  # of a picture that is resized whole (kind "center")
 
 Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass
+class Seconds:
+    """Wall time that a worker has spent, in seconds."""
+
+    read: float = 0.0
+    decode: float = 0.0
+    resize: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +100,11 @@ def decode_views(
     Raises:
         DecodeError: the image cannot be used; the message is one line with the reason.
     """
-    out = [torch.empty((view.count, 3, view.size, view.size), dtype=torch.uint8) for view in views]
+    out = {view.name: torch.empty((view.count, 3, view.size, view.size), dtype=torch.uint8) for view in views}
     draws = [draw(view, seed=seed, epoch=epoch, sample_id=sample_id) for view in views]
-    decode_into(out, data, views=views, draws=draws, max_pixels=max_pixels)
-    return {view.name: tensor for view, tensor in zip(views, out, strict=True)}
+    arrays = [tensor.numpy() for tensor in out.values()]
+    decode_into(arrays, data, views=views, draws=draws, max_pixels=max_pixels, seconds=Seconds())
+    return out
 
 
 def draw(view: View, *, seed: int, epoch: Key, sample_id: Key) -> NDArray[np.float64]:
@@ -106,67 +116,50 @@ def draw(view: View, *, seed: int, epoch: Key, sample_id: Key) -> NDArray[np.flo
 
 
 def decode_into(
-    out: Sequence[Tensor],
+    out: Sequence[Pixels],
     data: bytes,
     *,
     views: Sequence[View],
     draws: Sequence[NDArray[np.float64]],
     max_pixels: int,
+    seconds: Seconds,
 ) -> None:
-    """`decode_views` with its numbers drawn already, writing to `out`: one uint8 [count, 3, size, size] a view."""
+    """`decode_views` with its numbers drawn already, writing to `out`: one uint8 [count, 3, size, size] a view.
+
+    What it takes is added to `seconds`.
+    """
+    started = time.perf_counter()
     info = inspect(data, max_pixels=max_pixels)
     plans = [
         [_plan(view, info, numbers) for numbers in copies.tolist()] for view, copies in zip(views, draws, strict=True)
     ]
     scale = 1
     if info.format == "jpeg" and info.components != 4:
-        scale = next((s for s in _SCALES if all(p.fits(s, info) for plan in plans for p in plan)), 1)
-    array, scale = _decode(data, info, scale)
-    picture = torch.from_numpy(array).permute(2, 0, 1)[None]  # [1, 3, h, w], channels-last in memory
+        scale = next((s for s in _SCALES if all(_fits(c, s) for plan in plans for c in plan)), 1)
+    picture, scale = _decode(data, info, scale)
+    decoded = time.perf_counter()
     for view, plan, target in zip(views, plans, out, strict=True):
-        for copy, tensor in zip(plan, target, strict=True):
-            tensor.copy_(copy.render(picture, view, scale, info))
+        cuts = plan if scale == 1 else [_scaled(c, scale) for c in plan]
+        cut(target, picture, cuts, interpolation=view.interpolation)
+    seconds.decode += decoded - started
+    seconds.resize += time.perf_counter() - decoded
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """One copy of a view: the box of the picture that is resized to `resized`, what is kept of that, and the flip."""
-
-    box: Box
-    resized: tuple[int, int]  # height, width
-    offset: tuple[int, int] = (0, 0)  # of the kept size x size
-    flip: bool = False
-
-    def scaled_box(self, scale: int, info: ImageInfo) -> Box:
-        """The box in a picture decoded at 1/scale, rounded to its pixels."""
-        if scale == 1:
-            return self.box
-        top, left, height, width = self.box
-        bottom = min(round((top + height) / scale), -(-info.height // scale))
-        right = min(round((left + width) / scale), -(-info.width // scale))
-        top, left = round(top / scale), round(left / scale)
-        return top, left, bottom - top, right - left
-
-    def fits(self, scale: int, info: ImageInfo) -> bool:
-        _, _, height, width = self.scaled_box(scale, info)
-        return height >= self.resized[0] and width >= self.resized[1]
-
-    def render(self, picture: Tensor, view: View, scale: int, info: ImageInfo) -> Tensor:
-        """uint8 [3, size, size]."""
-        top, left, height, width = self.scaled_box(scale, info)
-        view_of_box = picture[..., top : top + height, left : left + width]
-        image = F.interpolate(view_of_box, self.resized, mode=view.interpolation, antialias=True)[0]
-        if self.resized != (view.size, view.size):
-            y, x = self.offset
-            image = image[:, y : y + view.size, x : x + view.size]
-        return image.flip(2) if self.flip else image
+def _fits(c: Cut, scale: int) -> bool:
+    """Whether at 1/scale the box still has as many pixels as it is resized to."""
+    return c.height >= scale * c.resized_height and c.width >= scale * c.resized_width
 
 
-def _plan(view: View, info: ImageInfo, numbers: list[float]) -> _Plan:
+def _scaled(c: Cut, scale: int) -> Cut:
+    """The same view of a picture decoded at 1/scale: a pixel of that covers scale x scale of the whole one."""
+    return c._replace(top=c.top / scale, left=c.left / scale, height=c.height / scale, width=c.width / scale)
+
+
+def _plan(view: View, info: ImageInfo, numbers: list[float]) -> Cut:
     if view.kind == "center":
         return _center(view, info)
     box = _random_box(view, info.height, info.width, numbers)
-    return _Plan(box=box, resized=(view.size, view.size), flip=numbers[-1] < view.flip)
+    return Cut(*box, view.size, view.size, flip=numbers[-1] < view.flip)
 
 
 def _random_box(view: View, height: int, width: int, numbers: list[float]) -> Box:
@@ -186,14 +179,14 @@ def _random_box(view: View, height: int, width: int, numbers: list[float]) -> Bo
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _center(view: View, info: ImageInfo) -> _Plan:
+def _center(view: View, info: ImageInfo) -> Cut:
     short = round(view.size / view.crop_fraction)
     height, width = info.height, info.width
     longest = _MAX_ELONGATION * min(height, width)  # so that a 1 x 100,000,000 picture is not blown up to terabytes
     h, w = min(height, longest), min(width, longest)
     resized = (short, short * w // h) if h <= w else (short * h // w, short)
     offset = round((resized[0] - view.size) / 2), round((resized[1] - view.size) / 2)
-    return _Plan(box=((height - h) // 2, (width - w) // 2, h, w), resized=resized, offset=offset)
+    return Cut((height - h) // 2, (width - w) // 2, h, w, *resized, *offset)
 
 
 def _decode(data: bytes, info: ImageInfo, scale: int) -> tuple[NDArray[np.uint8], int]:

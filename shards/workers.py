@@ -8,8 +8,12 @@ plain one-line ValueError; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import atexit
+import itertools
+import math
 import signal
+import time
 import traceback
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,12 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from shards.decode import DecodeError, View, decode_into, draw
+from shards.decode import DecodeError, Seconds, View, decode_into, draw
 from shards.index import Entry, ShardIndex
 from shards.order import Ints
 from shards.reader import SampleReader
+from shards.resize import Pixels
 
 Batch = dict[str, Any]
 T = TypeVar("T")
@@ -58,17 +63,16 @@ class TrainingBatches(Dataset["Batch | Failure"]):
         self.reader = SampleReader(index)
 
     def __getitem__(self, request: Request) -> Batch | Failure:
-        size = len(request.ids)
-        views = {v.name: torch.empty((v.count, size, 3, v.size, v.size), dtype=torch.uint8) for v in self.views}
+        size, seconds = len(request.ids), Seconds()
+        views = {v.name: _new_pixels((v.count, size, 3, v.size, v.size)) for v in self.views}
+        arrays = [views[view.name].numpy() for view in self.views]
         draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
         labels = torch.empty(size, dtype=torch.int64)
         rejected: list[dict[str, Any]] = []
         for row, id in enumerate(request.ids.tolist()):
-            out = [views[view.name][:, row] for view in self.views]
-            numbers = [drawn[row] for drawn in draws]
+            out, numbers = [array[:, row] for array in arrays], [drawn[row] for drawn in draws]
             try:
-                shown_id, reason = self._decode_or_replace(id, out, numbers)
-                shown = self.index.entry(shown_id)
+                shown_id, shown, reason = self._decode_or_replace(id, out, numbers, seconds)
                 labels[row] = shown.label
                 if reason is not None:
                     rejected.append(
@@ -91,26 +95,33 @@ class TrainingBatches(Dataset["Batch | Failure"]):
             "rejected": rejected,
             "global_batch_size": request.global_batch_size,
             "image_number": request.image_number,
+            "seconds": vars(seconds),
         }
 
     def _decode_or_replace(
-        self, id: int, out: Sequence[Tensor], numbers: Sequence[NDArray[np.float64]]
-    ) -> tuple[int, str | None]:
-        """Fill `out` from sample `id`, or from the next decodable one of its shard; (which, why not `id`)."""
-        shard, local = (int(part) for part in self.index.locate(id))
-        size, reason = int(self.index.shard_sizes[shard]), None
-        for k in range(size):
-            candidate = id - local + (local + k) % size
+        self, id: int, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
+    ) -> tuple[int, Entry, str | None]:
+        """Fill `out` from sample `id`, or the next decodable one of its shard; (which, its entry, why not `id`)."""
+        candidate, reason, size = id, None, 1
+        for k in itertools.count(1):
+            entry = self.index.entry(candidate)
+            data = _read(self.reader, entry, seconds)
             try:
-                data = self.reader.read(self.index.entry(candidate))
-                decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels)
-                return candidate, reason
+                decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
+                return candidate, entry, reason
             except DecodeError as error:
+                check_undamaged(self.index, entry, data)
                 reason = reason or str(error)
-        raise ValueError(
-            f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
-            f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
-        )
+            if k == 1:
+                shard, local = (int(part) for part in self.index.locate(id))
+                size = int(self.index.shard_sizes[shard])
+            if k == size:
+                raise ValueError(
+                    f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
+                    f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
+                )
+            candidate = id - local + (local + k) % size
+        raise AssertionError
 
 
 class EvaluationBatches(Dataset["Batch | Failure"]):
@@ -121,22 +132,34 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
         self.reader = SampleReader(index)
 
     def __getitem__(self, ids: Ints) -> Batch | Failure:
-        images = torch.zeros((len(ids), 3, self.view.size, self.view.size), dtype=torch.uint8)
+        images, seconds = _new_pixels((len(ids), 3, self.view.size, self.view.size)), Seconds()
+        array = images.numpy()
         labels = torch.full((len(ids),), -1, dtype=torch.int64)
         weights = torch.zeros(len(ids))
         rejected = []
         drawn = [draw(self.view, seed=0, epoch=0, sample_id=0)]
         for row, id in enumerate(ids.tolist()):
             if id < 0:
+                images[row] = 0
                 continue
             try:
                 entry = self.index.entry(id)
-                data = self.reader.read(entry)
+                data = _read(self.reader, entry, seconds)
                 labels[row] = entry.label
-                decode_into([images[row : row + 1]], data, views=[self.view], draws=drawn, max_pixels=self.max_pixels)
-                weights[row] = 1.0
-            except DecodeError as error:
-                rejected.append(describe(self.index, id, str(error)))
+                try:
+                    decode_into(
+                        [array[row : row + 1]],
+                        data,
+                        views=[self.view],
+                        draws=drawn,
+                        max_pixels=self.max_pixels,
+                        seconds=seconds,
+                    )
+                    weights[row] = 1.0
+                except DecodeError as error:
+                    check_undamaged(self.index, entry, data)
+                    images[row] = 0
+                    rejected.append(describe(self.index, id, str(error)))
             except ValueError as error:
                 return Failure(str(error), traceback.format_exc())
         return {
@@ -145,7 +168,33 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
             "labels": labels,
             "weights": weights,
             "rejected": rejected,
+            "seconds": vars(seconds),
         }
+
+
+def _new_pixels(shape: tuple[int, ...]) -> Tensor:
+    """uint8, not initialised; in a worker process in memory that the main process gets without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
+def _read(reader: SampleReader, entry: Entry, seconds: Seconds) -> bytes:
+    started = time.perf_counter()
+    data = reader.read(entry)
+    seconds.read += time.perf_counter() - started
+    return data
+
+
+def check_undamaged(index: ShardIndex, entry: Entry, data: bytes) -> None:
+    """`ValueError` naming the shard unless `data`, which cannot be decoded, are the bytes that were indexed: then the
+    picture was never better."""
+    if zlib.crc32(data) != entry.crc32:
+        raise ValueError(
+            f"shard {index.shard_path(entry.shard)} is damaged: {entry.key!r} is not what was indexed (its crc32 is "
+            f"another); copy the shard again, or run `scaler index {index.path}` if the change is meant"
+        )
 
 
 def describe(index: ShardIndex, id: int, reason: str) -> dict[str, Any]:
