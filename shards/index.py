@@ -4,11 +4,16 @@
 all of it; the offset file of each shard (shards/offsets.py) is opened when a sample of it is first asked for. Sample
 ids count through the shards in the order of the list, so a million shards cost megabytes, whatever they hold.
 
+The folder may be a URL. Then offset files are fetched when they are needed and kept in the node's cache
+(shards/cache.py); what does not fit its own checksums was damaged on its way, and is fetched again before it is an
+error.
+
 shards/indexing.py makes these files for shards from elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,12 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from shards.offsets import OffsetTable, Skipped, load_offsets, offset_path, read_header
+from shards.cache import ShardCache
+from shards.offsets import ENDING, OffsetTable, Skipped, load_offsets, offset_path, parse_offsets, read_header
+from shards.places import Folder, Location, NoSuchHostError, folder_at, locate
+from shards.retry import patience, retry
 from shards.storage import sha256_file, write_atomic
 
 FORMAT = 1
 INDEX_NAME = "index.json"
 _OPEN_TABLES = 256  # offset files kept mapped per process
+_START_SECONDS = 30.0  # to get hold of `index.json`: whoever starts a run is waiting
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,21 @@ class ShardRecord:
 class ShardIndex:
     """A folder of shards, read-only. Can be sent to worker processes (fork or spawn); make one with `load`.
 
-    `shard_sizes` is int64 [S], the samples of each shard.
+    Attributes:
+        path: the folder, a `Path` or a `Url`.
+        cache: where files of a URL are kept; None where nothing needs to be.
+        shard_sizes: int64 [S], the samples of each shard; `shard_bytes` likewise.
     """
 
-    def __init__(self, path: str | Path, *, shards: Sequence[ShardRecord], class_names: Sequence[str]) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Location,
+        *,
+        shards: Sequence[ShardRecord],
+        class_names: Sequence[str],
+        cache: ShardCache | None = None,
+    ) -> None:
+        self.path, self.cache = locate(path), cache
         self.shard_names = [shard.name for shard in shards]
         self.class_names = list(class_names)
         self.shard_sizes = np.array([shard.num_samples for shard in shards], dtype=np.int64)
@@ -69,22 +88,45 @@ class ShardIndex:
         self._sha256 = np.array([shard.sha256 for shard in shards], dtype="S64")
         self._ends = np.cumsum(self.shard_sizes)
         self._tables: dict[int, OffsetTable] = {}
+        self._remote: Folder | None = None
 
     @classmethod
-    def load(cls, path: str | Path) -> ShardIndex:
-        """Read `path/index.json`. `ValueError` (one line) when it is missing, damaged or of another format."""
-        path = Path(path)
+    def load(cls, path: str | Location, *, cache: ShardCache | None = None) -> ShardIndex:
+        """Read `path/index.json`; `path` is a folder or a URL.
+
+        Args:
+            cache: for files of a URL (None: in the user's cache folder).
+
+        Raises:
+            ValueError: it is missing, refused, damaged or of another format, in one line.
+        """
+        location = locate(path)
+        if isinstance(location, Path):
+            try:
+                return cls._parse((location / INDEX_NAME).read_bytes(), location, cache=None)
+            except FileNotFoundError as error:
+                raise _no_index(location, "is no folder" if not location.is_dir() else None) from error
+            except OSError as error:
+                raise ValueError(f"cannot read {location / INDEX_NAME}: {error.strerror}") from error
+        folder = folder_at(location)
+        if cache is None:
+            cache = ShardCache()
+        try:
+            return retry(
+                lambda: cls._parse(folder.read(INDEX_NAME), location, cache=cache if folder.caching else None),
+                seconds=min(_START_SECONDS, patience()),
+                final=(FileNotFoundError, PermissionError, NoSuchHostError),
+            )
+        except ValueError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise _no_index(location, None) from error
+            raise
+
+    @classmethod
+    def _parse(cls, content: bytes, path: Location, *, cache: ShardCache | None) -> ShardIndex:
         file = path / INDEX_NAME
         try:
-            data = json.loads(file.read_bytes(), object_hook=_parse_record)
-        except FileNotFoundError as error:
-            what = "is no folder" if not path.is_dir() else f"holds no {INDEX_NAME}"
-            raise ValueError(
-                f"{path} {what}: make shards with `scaler convert SOURCE {path}`, or index existing ones with "
-                f"`scaler index {path}`"
-            ) from error
-        except OSError as error:
-            raise ValueError(f"cannot read {file}: {error.strerror}") from error
+            data = json.loads(content, object_hook=_parse_record)
         except (ValueError, RecursionError) as error:
             raise _damaged_index(file, "it is not JSON") from error
         if not isinstance(data, dict) or not isinstance(data.get("format"), int):
@@ -98,7 +140,7 @@ class ShardIndex:
             raise _damaged_index(file, "its shards are not listed as file, bytes, samples and sha256")
         if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
             raise _damaged_index(file, "its class names are not a list of texts")
-        index = cls(path, shards=shards, class_names=class_names)
+        index = cls(path, shards=shards, class_names=class_names, cache=cache)
         if index.fingerprint != data.get("fingerprint"):
             raise _damaged_index(file, "its fingerprint does not match what it lists (was it edited, or cut off?)")
         if any("/" in name or not name.endswith(".tar") for name in index.shard_names):
@@ -108,7 +150,7 @@ class ShardIndex:
         return index
 
     def save(self) -> None:
-        """Write `index.json`, whole or not at all; an identical one is left alone."""
+        """Write `index.json`, whole or not at all; on a local disk an identical one is left alone."""
         rows = zip(self.shard_names, self.shard_bytes.tolist(), self.shard_sizes.tolist(), self._sha256, strict=True)
         data = {
             "format": FORMAT,
@@ -121,11 +163,23 @@ class ShardIndex:
         lines = [json.dumps({"file": n, "bytes": b, "samples": s, "sha256": h.decode()}) for n, b, s, h in rows]
         head = json.dumps(data, indent=1, ensure_ascii=False)
         text = head.removesuffix("\n}") + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        write_atomic(self.path / INDEX_NAME, text.encode())
+        if isinstance(self.path, Path):
+            write_atomic(self.path / INDEX_NAME, text.encode())
+        else:
+            folder_at(self.path).write(INDEX_NAME, text.encode())
 
-    def shard_path(self, shard: int) -> Path:
+    def shard_path(self, shard: int) -> Location:
         """The tar file of shard number `shard`."""
         return self.path / self.shard_names[shard]
+
+    def shard_record(self, shard: int) -> ShardRecord:
+        """What `index.json` says about shard number `shard`."""
+        sizes = int(self.shard_bytes[shard]), int(self.shard_sizes[shard])
+        return ShardRecord(self.shard_names[shard], *sizes, self._sha256[shard].decode())
+
+    def shard_cache_name(self, shard: int) -> str:
+        """What shard number `shard` is called in a cache: by its content, whatever folder or URL it came from."""
+        return f"{self._sha256[shard].decode()}.tar"
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Sample ids (integers, any shape) → (shard, number within the shard), int64 arrays of that shape."""
@@ -163,12 +217,19 @@ class ShardIndex:
 
     def skipped(self) -> list[Skipped]:
         """(what, why) for all that was left out of these shards when they were made or indexed; reads every header."""
-        headers = (read_header(offset_path(self.path / name)) for name in self.shard_names)
-        return [pair for header in headers for pair in header["skipped"]]
+        if isinstance(self.path, Path):
+            headers = (read_header(offset_path(self.path / name)) for name in self.shard_names)
+            return [pair for header in headers for pair in header["skipped"]]
+        return [pair for shard in range(len(self.shard_names)) for pair in self._table(shard).skipped]
 
     def check_shard(self, shard: int, *, full: bool) -> None:
-        """Compare a shard with the index: its size, and when `full` its sha256. `ValueError` naming the file."""
+        """Compare a shard on a local disk with the index: its size, and when `full` its sha256.
+
+        Raises:
+            ValueError: it differs; names the file.
+        """
         path, wanted = self.shard_path(shard), int(self.shard_bytes[shard])
+        assert isinstance(path, Path), "shards of a URL are checked on their way into the cache"
         advice = f"copy it again from where it came, or run `scaler index {self.path}` if the change is meant"
         try:
             size = path.stat().st_size
@@ -185,27 +246,64 @@ class ShardIndex:
     def _table(self, shard: int) -> OffsetTable:
         table = self._tables.pop(shard, None)
         if table is None:
-            path = offset_path(self.shard_path(shard))
-            table = load_offsets(path)
-            found = (table.shard_name, len(table), table.num_bytes, table.sha256.encode())
-            wanted = (self.shard_names[shard], self.shard_sizes[shard], self.shard_bytes[shard], self._sha256[shard])
-            if found != wanted:
-                raise ValueError(
-                    f"offset file {path} does not belong to {self.path / INDEX_NAME}; `scaler index {self.path}` makes "
-                    "both anew"
-                )
-            if len(table) and table.labels.max() >= len(self.class_names):
-                raise ValueError(
-                    f"offset file {path} has label {table.labels.max()}, but {INDEX_NAME} names only "
-                    f"{len(self.class_names)} classes; `scaler index {self.path}` makes both anew"
-                )
+            name = offset_path(Path(self.shard_names[shard])).name
+            if isinstance(self.path, Path):
+                table = self._checked(load_offsets(self.path / name), shard, self.path / name)
+            else:
+                table = self._remote_table(shard, name)
             while len(self._tables) >= _OPEN_TABLES:
                 self._tables.pop(next(iter(self._tables)), None)
         self._tables[shard] = table  # last in, so the one used longest ago is dropped first
         return table
 
+    def _remote_table(self, shard: int, name: str) -> OffsetTable:
+        """The offset file of a URL: from the cache, or fetched into it."""
+        place = self.path / name
+        # Other shards may be called the same, and the same shards may have been indexed in another way elsewhere.
+        kept = hashlib.sha256(f"{self.fingerprint} {place}".encode()).hexdigest() + ENDING
+        if self.cache is not None and (path := self.cache.find(kept)) is not None:
+            try:
+                return self._checked(load_offsets(path), shard, place)
+            except ValueError:
+                self.cache.remove(kept)
+
+        if self._remote is None:
+            self._remote = folder_at(self.path)
+        folder = self._remote
+
+        def fetch() -> tuple[bytes, OffsetTable]:
+            content = folder.read(name)
+            return content, self._checked(parse_offsets(content, place), shard, place)
+
+        try:
+            content, table = retry(fetch)
+        except ValueError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise ValueError(f"{error}; `scaler index {self.path}` makes the offset files anew") from error
+            raise
+        if self.cache is not None and (path := self.cache.put(kept, content)) is not None:
+            with contextlib.suppress(ValueError):  # gone already: the cache is very small
+                return load_offsets(path)  # the same, but in memory that all processes of this node share
+        return table
+
+    def _checked(self, table: OffsetTable, shard: int, path: Location) -> OffsetTable:
+        """`table` if it belongs to the shard; `ValueError` naming `path` otherwise."""
+        found = (table.shard_name, len(table), table.num_bytes, table.sha256.encode())
+        wanted = (self.shard_names[shard], self.shard_sizes[shard], self.shard_bytes[shard], self._sha256[shard])
+        if found != wanted:
+            raise ValueError(
+                f"offset file {path} does not belong to {self.path / INDEX_NAME}; `scaler index {self.path}` makes "
+                "both anew"
+            )
+        if len(table) and table.labels.max() >= len(self.class_names):
+            raise ValueError(
+                f"offset file {path} has label {table.labels.max()}, but {INDEX_NAME} names only "
+                f"{len(self.class_names)} classes; `scaler index {self.path}` makes both anew"
+            )
+        return table
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": {}}
+        return {**self.__dict__, "_tables": {}, "_remote": None}
 
     def __len__(self) -> int:
         return self.num_samples
@@ -232,5 +330,12 @@ def _fingerprint(shards: Sequence[ShardRecord], class_names: Sequence[str]) -> s
     return digest.hexdigest()
 
 
-def _damaged_index(file: Path, what: str) -> ValueError:
+def _no_index(folder: Location, what: str | None) -> ValueError:
+    return ValueError(
+        f"{folder} {what or f'holds no {INDEX_NAME}'}: make shards with `scaler convert SOURCE {folder}`, or index "
+        f"existing ones with `scaler index {folder}`"
+    )
+
+
+def _damaged_index(file: Location, what: str) -> ValueError:
     return ValueError(f"{file} is damaged: {what}; `scaler index {file.parent}` makes it anew from the shards")

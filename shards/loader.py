@@ -2,7 +2,8 @@
 
 The main process does arithmetic only: it turns the number of images seen into requests (which samples, at which rows of
 the global batch), one a micro-batch; shards/workers.py makes the pixels. Every pixel is a function of its request, so
-the numbers of workers and ranks change nothing.
+the numbers of workers and ranks change nothing. Of remote shards a third process fetches those that come next
+(shards/ahead.py).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from functools import partial
 
 import numpy as np
 
+from shards.ahead import reading_ahead
 from shards.decode import DEFAULT_MAX_PIXELS, View
 from shards.index import ShardIndex
-from shards.order import Ints, SampleOrder
+from shards.order import Ints, SampleOrder, ShardNeed
 from shards.workers import Batch, EvaluationBatches, Request, TrainingBatches, run_workers
+
+_EVALUATION_AHEAD = 8  # shards fetched before they are needed
 
 
 class ShardLoader:
@@ -37,6 +41,7 @@ class ShardLoader:
 
     Args:
         num_workers: loader processes; 0 does the work in this one. `prefetch` micro-batches are kept ready by each.
+        ranks_per_node: that share the cache of remote shards; each gets its part of the bound.
         multiprocessing_context: how workers start: fork, spawn or forkserver (None: the system's default).
 
     Raises:
@@ -55,6 +60,7 @@ class ShardLoader:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        ranks_per_node: int = 1,
         num_workers: int = 0,
         start: int = 0,
         stop: int | None = None,
@@ -74,6 +80,7 @@ class ShardLoader:
         )
         self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
+        self.index, self.ranks_per_node = index, ranks_per_node
         self._run = partial(
             run_workers,
             TrainingBatches(index, views=views, seed=seed, max_pixels=max_pixels),
@@ -83,7 +90,13 @@ class ShardLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._run(self._requests())
+        lanes = rank_lanes(self.order, self.global_batch_size, rank=self.rank, world_size=self.world_size)
+        needs = partial(self.order.shard_needs, self.start, lanes=lanes)
+        share = _share(self.index, self.ranks_per_node)
+        with reading_ahead(self.index, needs, start=self.start, share=share, ahead=2 * len(lanes)) as advance:
+            for batch in self._run(self._requests()):
+                advance(batch["image_number"])
+                yield batch
 
     def _requests(self) -> Iterator[Request]:
         size, micro = self.global_batch_size, self.micro_batch_size
@@ -106,6 +119,7 @@ def evaluation_batches(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    ranks_per_node: int = 1,
     num_workers: int = 0,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     prefetch: int = 2,
@@ -136,13 +150,44 @@ def evaluation_batches(
             ids = np.arange(first + rank * batch_size, first + (rank + 1) * batch_size, dtype=np.int64)
             yield np.where(ids < index.num_samples, ids, -1)
 
-    return run_workers(
-        EvaluationBatches(index, view=view, max_pixels=max_pixels),
-        blocks(),
-        num_workers=num_workers,
-        prefetch=prefetch,
-        multiprocessing_context=multiprocessing_context,
-    )
+    def stream() -> Iterator[Batch]:
+        share = _share(index, ranks_per_node)
+        with reading_ahead(index, partial(_in_order, index), start=0, share=share, ahead=_EVALUATION_AHEAD) as advance:
+            batches = run_workers(
+                EvaluationBatches(index, view=view, max_pixels=max_pixels),
+                blocks(),
+                num_workers=num_workers,
+                prefetch=prefetch,
+                multiprocessing_context=multiprocessing_context,
+            )
+            for number, batch in enumerate(batches):
+                advance(number * batch_size * world_size)
+                yield batch
+
+    return stream()
+
+
+def _in_order(index: ShardIndex) -> Iterator[ShardNeed]:
+    """Every shard once, in index order."""
+    past = 0
+    for shard, size in enumerate(index.shard_sizes.tolist()):
+        past += size
+        yield ShardNeed(past - size, past, shard)
+
+
+def _share(index: ShardIndex, ranks_per_node: int) -> int:
+    """Bytes of the node's cache that one rank may hold."""
+    return 0 if index.cache is None else index.cache.max_bytes // ranks_per_node
+
+
+def rank_lanes(order: SampleOrder, global_batch_size: int, *, rank: int, world_size: int) -> range:
+    """The lanes that a rank reads; where the lanes do not divide the batch, all that any of its batches may touch."""
+    size, lanes = global_batch_size, order.lanes
+    slack = lanes if size % lanes else 0  # a lane's rows lie up to lanes / 4 rows from where they are on average
+    unit = 4 * size * world_size  # of a lane in quarters
+    first = (4 * rank * size - slack * world_size) * lanes // unit
+    past = -(-(4 * (rank + 1) * size + slack * world_size) * lanes // unit)
+    return range(max(0, first), min(lanes, past))
 
 
 def accumulation_steps(global_batch_size: int, *, micro_batch_size: int, world_size: int) -> int:
@@ -179,3 +224,11 @@ def working_set_bytes(index: ShardIndex, order: SampleOrder) -> int:
     """An estimate of the bytes that are read in random order at a time: one window of average samples per lane."""
     samples = min(order.lanes * order.shuffle_window, index.num_samples)
     return samples * index.num_bytes // index.num_samples
+
+
+def cached_set_bytes(index: ShardIndex, order: SampleOrder, *, num_nodes: int) -> int:
+    """An estimate of the bytes of remote shards that a node has to keep so that it fetches none twice an epoch: per
+    lane the shards that a window touches, and the next one."""
+    shards_per_lane = order.shuffle_window * len(index.shard_names) / index.num_samples + 2
+    lanes = -(-order.lanes // num_nodes)
+    return min(int(lanes * shards_per_lane * index.num_bytes / len(index.shard_names)), index.num_bytes)

@@ -17,8 +17,9 @@ Shards are permuted by `keyed_permutation` with the keys ("shards", seed, e), bl
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,15 @@ class GlobalBatch:
     ids: Ints  # sample ids (positions in the index)
     epochs: Ints
     images: Ints  # positions in the stream
+
+
+@dataclass(frozen=True)
+class ShardNeed:
+    """A shard that images of one lane read, all of them among images `first … past - 1` of the stream."""
+
+    first: int
+    past: int
+    shard: int
 
 
 class SampleOrder:
@@ -95,6 +105,36 @@ class SampleOrder:
             here = slice(None) if epochs[0] == epochs[-1] == epoch and (epochs == epoch).all() else epochs == epoch
             ids[here] = self._ids(epoch, images[here], lane[here])
         return GlobalBatch(ids=ids, epochs=epochs, images=images)
+
+    def shard_needs(self, start: int, *, lanes: range) -> Iterator[ShardNeed]:
+        """The shards that these lanes read from image `start` on, by the image that may be the first to need them.
+
+        Endless. A shard that two lanes or epochs read comes as often.
+        """
+        window = self.shuffle_window
+        for epoch in itertools.count(start // self.num_samples):
+            shards, ends = self._permuted_shards(epoch)
+            lane = np.arange(lanes.start, lanes.stop, dtype=np.int64)
+            first_image, past_image = epoch * self.num_samples, (epoch + 1) * self.num_samples
+            turns = self._turns(first_image, lane)
+            counts = self._turns(past_image, lane) - turns
+            begins = self._images_in_lanes_below(past_image, lane) - self._images_in_lanes_below(first_image, lane)
+            tables = [np.empty((0, 3), dtype=np.int64)]  # a lane's first, past, shard in each row
+            for number, turn, count, begin in zip(lanes, turns.tolist(), counts.tolist(), begins.tolist(), strict=True):
+                k = np.arange(np.searchsorted(ends, begin, "right"), np.searchsorted(ends, begin + count) + 1)
+                sizes = self._sizes[shards[k]]
+                low = np.maximum(ends[k] - sizes - begin, 0)  # the shard's offsets in the lane's range
+                high = np.minimum(ends[k] - begin, count)
+                last = np.minimum(-(-high // window) * window, count) - 1  # of the block that `high - 1` is in
+                first = turn + low // window * window
+                rows = np.stack(
+                    [first * self.lanes + number, (turn + last) * self.lanes + number + 1, shards[k]], axis=1
+                )
+                tables.append(rows[(sizes > 0) & (count > 0)])
+            table = np.concatenate(tables)
+            for row in table[np.argsort(table[:, 0], kind="stable")].tolist():
+                if row[1] > start:
+                    yield ShardNeed(*row)
 
     def _ids(self, epoch: int, images: Ints, lane: Ints) -> Ints:
         """Sample ids of images of one epoch."""

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder of this machine, or any fsspec URL (`s3://…`, `gs://…`, `memory://…`).
+"""Where shards and checkpoints lie: a folder of this machine, or any fsspec URL (`s3://…`, `https://…`, `memory://…`).
 
     folder = folder_at(locate("s3://bucket/run") / "step-00000100")
     with folder.writing("rank-00000.safetensors") as write:
@@ -6,19 +6,25 @@
     folder.read("manifest.json")
 
 Locally a file appears whole or not at all. An object store has no rename, and needs none: what counts is decided by
-the manifest, which is written last.
+the manifest (of shards: `index.json`), which is written last.
+
+URLs may hold secrets (`https://user:password@host/…`, `…?signature=…`). Nothing here prints them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import re
 import shutil
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fsspec.core import url_to_fs
 
@@ -28,27 +34,61 @@ Write = Callable[[Any], Any]
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 
 
+_HTTP = ("http://", "https://")
+_SECONDS = 60.0  # that one request may take; the largest are parts of a few megabytes
+
+
+class NoSuchHostError(OSError):
+    """The host of a URL is unknown to the name service."""
+
+
+class RangeIgnoredError(OSError):
+    """A server sent a whole file where a range of it was asked for.
+
+    Attributes:
+        content: that file.
+    """
+
+    def __init__(self, message: str, *, content: bytes) -> None:
+        super().__init__(message)
+        self.content = content
+
+
 @dataclass(frozen=True, order=True)
 class Url:
-    """A place that fsspec reads and writes, with as much of `Path` as checkpoints need."""
+    """A place that fsspec reads and writes, with as much of `Path` as is needed here.
+
+    The query of an HTTP URL (`https://host/folder?signature=…`) belongs to every file below. `str()` leaves out what
+    may be secret: the query, and user and password.
+    """
 
     text: str
 
     def __truediv__(self, name: str) -> Url:
-        return Url(f"{self.text}/{name}")
+        path, query = self._parts()
+        return Url(f"{path}/{quote(name) if path.startswith(_HTTP) else name}{query}")
 
     def __str__(self) -> str:
-        return self.text
+        return without_secrets(self._parts()[0])
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
 
     @property
     def name(self) -> str:
         """The last part."""
-        return self.text.rpartition("/")[2]
+        return self._parts()[0].rpartition("/")[2]
 
     @property
     def parent(self) -> Url:
         """What it lies in."""
-        return Url(self.text.rpartition("/")[0])
+        path, query = self._parts()
+        return Url(path.rpartition("/")[0] + query)
+
+    def _parts(self) -> tuple[str, str]:
+        """The path, and for HTTP the query with its question mark."""
+        path, mark, query = self.text.partition("?") if self.text.startswith(_HTTP) else (self.text, "", "")
+        return path.rstrip("/"), mark + query
 
 
 Location = Path | Url
@@ -64,6 +104,11 @@ def locate(where: str | Path | Url) -> Location:
     return Url(where.rstrip("/"))
 
 
+def without_secrets(text: str) -> str:
+    """`text` with user names, passwords and queries taken out of its URLs."""
+    return re.sub(r"\?[^\s'\")]*", "", re.sub(r"(\w://)[^/\s@]*@", r"\1", text)) if "://" in text else text
+
+
 def folder_at(location: Location) -> Folder:
     """The files at a location.
 
@@ -76,18 +121,25 @@ def folder_at(location: Location) -> Folder:
 class Folder(ABC):
     """Files below a location, by their path relative to it.
 
-    A missing file is a FileNotFoundError; whatever else goes wrong is an OSError of one line that names the place.
+    A missing file is a FileNotFoundError, a refusal a PermissionError, an unknown host a NoSuchHostError; whatever else
+    goes wrong is an OSError. Their text is one line that names the place.
 
     Attributes:
         threads: how many reads at a time make sense.
+        caching: whether it pays to keep copies of files on a local disk.
     """
 
     location: Location
     threads: int
+    caching: bool
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
         """All files below and their bytes; nothing where there is no such folder."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """The bytes of one file; web servers often list their files without."""
 
     @abstractmethod
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
@@ -95,6 +147,15 @@ class Folder(ABC):
 
         Raises:
             ValueError: the file ends before.
+        """
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """Bytes `start … start + size` of a file.
+
+        Raises:
+            ValueError: the file ends before.
+            RangeIgnoredError: the server sends whole files only.
         """
 
     @abstractmethod
@@ -127,6 +188,7 @@ class LocalFolder(Folder):
     """A folder of this machine, or one that it mounts."""
 
     threads = 4
+    caching = False
 
     def __init__(self, path: Path) -> None:
         self.location = self._path = path
@@ -145,6 +207,10 @@ class LocalFolder(Folder):
         """See `Folder.exists`."""
         return (self._path / name).is_file()
 
+    def size(self, name: str) -> int:
+        """See `Folder.size`."""
+        return (self._path / name).stat().st_size
+
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """See `Folder.read_into`."""
         with open(self._path / name, "rb", buffering=0) as file:
@@ -155,6 +221,12 @@ class LocalFolder(Folder):
                 if not count:
                     raise ValueError(f"{self._path / name} ends at byte {start + filled}")
                 filled += count
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """See `Folder.read_range`."""
+        buffer = bytearray(size)
+        self.read_into(name, start, memoryview(buffer))
+        return bytes(buffer)
 
     def read(self, name: str) -> bytes:
         """See `Folder.read`."""
@@ -192,16 +264,27 @@ class LocalFolder(Folder):
 class RemoteFolder(Folder):
     """Any place that fsspec knows; credentials and endpoints come from its own configuration and environment."""
 
+    location: Url
+
     def __init__(self, url: Url) -> None:
         self.location = url
+        self._connect()
+
+    def _connect(self) -> None:
+        """Clients have threads and connections, which a fork does not take along: every process has its own."""
+        path, query = self.location._parts()
+        self._query = query
         try:
-            self._files, self._path = url_to_fs(url.text)
+            self._files, self._path = url_to_fs(path)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{url}: {error} (pip install 'scaler[remote]' brings s3:// and gs://)") from None
+            packages = "pip install 'scaler[remote]' brings http://, s3://, gs:// and hf://"
+            raise ValueError(f"{self.location}: {without_secrets(str(error))} ({packages})") from None
         self._path = self._path.rstrip("/")
         protocol = self._files.protocol
+        self.caching = protocol != "memory"
         self._has_folders = not _WITHOUT_FOLDERS & ({protocol} if isinstance(protocol, str) else set(protocol))
         self.threads = 8 if self._files.async_impl else 1  # a client without asyncio need not bear several threads
+        self._pid = os.getpid()
 
     def sizes(self) -> dict[str, int]:
         """See `Folder.sizes`."""
@@ -213,20 +296,38 @@ class RemoteFolder(Folder):
                 return {}
         return {name[len(self._path) + 1 :]: int(info["size"] or 0) for name, info in found.items()}
 
+    def size(self, name: str) -> int:
+        """See `Folder.size`."""
+        with self._named(name):
+            size = self._files.info(self._at(name))["size"]
+        if size is None:
+            raise ValueError(f"{self.location / name}: the server does not say how large it is")
+        return int(size)
+
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """See `Folder.read_into`."""
-        if not len(buffer):
-            return  # there is no empty range in HTTP: s3fs would give everything from `start` on
-        with self._named(name):
-            content = self._files.cat_file(self._at(name), start=start, end=start + len(buffer))
-        if len(content) != len(buffer):
+        buffer[:] = self.read_range(name, start, len(buffer))
+
+    def read_range(self, name: str, start: int, size: int) -> bytes:
+        """See `Folder.read_range`."""
+        if not size:
+            return b""  # there is no empty range in HTTP: s3fs would give everything from `start` on
+        content = self._cat(name, start=start, end=start + size)
+        if len(content) > size:
+            place = self.location / name
+            raise RangeIgnoredError(f"{place}: the server sends whole files where a part is asked for", content=content)
+        if len(content) < size:
             raise ValueError(f"{self.location / name} ends at byte {start + len(content)}")
-        buffer[:] = content
+        return content
 
     def read(self, name: str) -> bytes:
         """See `Folder.read`."""
+        return self._cat(name)
+
+    def _cat(self, name: str, **range_: int) -> bytes:
         with self._named(name):
-            return bytes(self._files.cat_file(self._at(name)))
+            limit = {"timeout": _SECONDS} if self._files.async_impl else {}  # the others have limits of their own
+            return bytes(self._files.cat_file(self._at(name), **range_, **limit))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Write]:
@@ -257,22 +358,45 @@ class RemoteFolder(Folder):
             self._files.rm(self._path, recursive=True)
 
     def _at(self, name: str) -> str:
-        return f"{self._path}/{name}"
+        return f"{self._path}/{quote(name) if self._path.startswith(_HTTP) else name}{self._query}"
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
         """Clients raise errors of many libraries, some of many lines: one kind and one line for all of them."""
         place = self.location / name if name else self.location
+        if self._pid != os.getpid():
+            self._connect()
         try:
             yield
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{place}: not found ({_line(error)})") from error
         except Exception as error:
-            raise OSError(f"{place}: {_line(error)}") from error
+            raise _as_os_error(error, place) from error
+
+
+def _as_os_error(error: Exception, place: Url) -> OSError:
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        more = "" if str(place) in without_secrets(str(error)) else f" ({_line(error)})"
+        return FileNotFoundError(f"{place}: not found{more}")
+    if isinstance(error, PermissionError) or status in (401, 403):
+        advice = "check your credentials for it, or that it may be read by all"
+        return PermissionError(f"{place}: refused ({_line(error)}); {advice}")
+    if _is_unknown_host(error):
+        return NoSuchHostError(f"{place}: no such host; check its name and the network")
+    kind = TimeoutError if isinstance(error, TimeoutError | asyncio.TimeoutError) else OSError
+    return kind(f"{place}: {_line(error)}")
+
+
+def _is_unknown_host(error: BaseException | None) -> bool:
+    while error is not None:
+        cause = getattr(error, "os_error", error)  # aiohttp's
+        if isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", -5)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = without_secrets(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 

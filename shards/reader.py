@@ -1,32 +1,52 @@
 """Bytes of samples, read from the tars by position.
 
-Each process keeps a bounded number of shards open. Reads name their position (`pread`), so that descriptors inherited
-over a fork share nothing that matters; over a spawn they are left behind and opened again.
+On a local disk each process keeps a bounded number of shards open. Reads name their position (`pread`), so that
+descriptors inherited over a fork share nothing that matters; over a spawn they are left behind and opened again.
+
+Shards of a URL are read from the node's cache, where shards/ahead.py puts them ahead of need. Until one is there its
+samples are read from as much of it as has arrived, or by range over the network: what no sha256 has vouched for counts
+only if the sample's crc32 does.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import zlib
+from pathlib import Path
 from typing import Any
 
 from shards.index import Entry, ShardIndex
+from shards.places import Folder, RangeIgnoredError, folder_at
+from shards.retry import retry
 
 _OPEN_SHARDS = 256
 
 
 class SampleReader:
-    """Reads samples of `index`. The first time a shard is opened its size is compared with the index."""
+    """Reads samples of `index`. The first time that a local shard is opened its size is compared with the index."""
 
     def __init__(self, index: ShardIndex, *, open_shards: int = _OPEN_SHARDS) -> None:
         self.index, self.open_shards = index, open_shards
+        self._local = isinstance(index.path, Path)
         self._files: dict[int, int] = {}  # shard → file descriptor, the one used longest ago first
+        self._remote: Folder | None = None
 
     def read(self, entry: Entry) -> bytes:
         """The image file of one sample.
 
         Raises:
-            ValueError: the shard is missing, was cut off or cannot be read; the message names the file.
+            ValueError: the shard is missing, refused, was cut off, cannot be read, or damaged at its source; in one
+                line that names the file.
         """
+        return self._read_local(entry) if self._local else self._read_remote(entry)
+
+    def close(self) -> None:
+        """Close all files; the next read opens what it needs."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _read_local(self, entry: Entry) -> bytes:
         path = self.index.shard_path(entry.shard)
         try:
             data = os.pread(self._open(entry.shard), entry.size, entry.offset)
@@ -39,23 +59,56 @@ class SampleReader:
             )
         return data
 
-    def close(self) -> None:
-        """Close all files; the next read opens what it needs."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
     def _open(self, shard: int) -> int:
         file = self._files.pop(shard, None)
         if file is None:
             self.index.check_shard(shard, full=False)
             while len(self._files) >= self.open_shards:
                 os.close(self._files.pop(next(iter(self._files))))
-            file = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(str(self.index.shard_path(shard)), os.O_RDONLY | os.O_CLOEXEC)
         self._files[shard] = file
         return file
 
+    def _read_remote(self, entry: Entry) -> bytes:
+        data = self._read_cached(entry)  # what nearly all reads of a long run do
+        return retry(lambda: self._read_cached(entry) or self._read_range(entry)) if data is None else data
+
+    def _read_cached(self, entry: Entry) -> bytes | None:
+        cache, name = self.index.cache, self.index.shard_cache_name(entry.shard)
+        if cache is None:
+            return None
+        data = cache.read(name, entry.offset, entry.size)
+        if data is None or len(data) != entry.size:
+            data = cache.read_partial(name, int(self.index.shard_bytes[entry.shard]), entry.offset, entry.size)
+            if data is None or zlib.crc32(data) != entry.crc32:
+                return None
+        return data
+
+    def _read_range(self, entry: Entry) -> bytes:
+        if self._remote is None:
+            self._remote = folder_at(self.index.path)
+        name = self.index.shard_names[entry.shard]
+        try:
+            data = self._remote.read_range(name, entry.offset, entry.size)
+        except RangeIgnoredError as error:
+            self._keep(entry.shard, error.content)
+            data = error.content[entry.offset : entry.offset + entry.size]
+        if zlib.crc32(data) != entry.crc32:
+            raise ValueError(
+                f"shard {self.index.shard_path(entry.shard)}: bytes {entry.offset} to {entry.offset + entry.size} "
+                f"({entry.key!r}) came with another crc32 than the index says, also when asked for again; copy the "
+                f"shard again to where it lies, or run `scaler index {self.index.path}` if it was changed on purpose"
+            )
+        return data
+
+    def _keep(self, shard: int, content: bytes) -> None:
+        """A server that knows no ranges has sent the whole shard: the next sample need not fetch it again."""
+        record, cache = self.index.shard_record(shard), self.index.cache
+        if cache is not None and hashlib.sha256(content).hexdigest() == record.sha256:
+            cache.put(self.index.shard_cache_name(shard), content)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_remote": None}
 
     def __del__(self) -> None:
         self.close()
