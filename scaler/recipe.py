@@ -21,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from scaler.methods import METHODS, method_class
 from scaler.schedules import Duration
+from shards.cache import ShardCache
+from shards.storage import parse_size
 
 
 class Section(BaseModel):
@@ -58,6 +60,24 @@ class Data(Section):
     lanes: int | Literal["auto"] = "auto"
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="distinct undecodable samples that stop the run")
     max_pixels: int = Field(100_000_000, gt=0, description="images with more pixels are rejected unread")
+    cache_dir: str | None = Field(
+        None, description="folder on a local disk for remote shards; null: in the user's cache folder"
+    )
+    cache_size: str = Field("100GB", description="bytes that the node's cache of remote shards may take")
+
+    @field_validator("cache_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+    def changed_keys(self) -> set[str]:
+        """Those whose value is not the default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    def cache(self) -> ShardCache:
+        """The node's cache of remote shards."""
+        return ShardCache(self.cache_dir, max_bytes=parse_size(self.cache_size))
 
 
 class Optim(Section):

@@ -23,6 +23,8 @@ _FREE = (
     "data.val_shards",
     "data.num_workers",
     "data.max_bad_fraction",
+    "data.cache_dir",
+    "data.cache_size",
 )
 
 

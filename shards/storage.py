@@ -10,9 +10,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TEMPORARY = ".partial"  # ending of temporary files: NAME.PID.partial
 
 
@@ -66,6 +68,14 @@ def sha256_file(path: Path) -> str:
     """The sha256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_size(text: str) -> int:
+    """`256MB`, `1.5 GiB`, `4096` → bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|TB)?\s*", text.upper())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write for example 256MB, 1GiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def printable(path: str) -> str:

@@ -7,7 +7,6 @@ node: "node") holds one copy of the model, and gradients are averaged over the g
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from scaler.collectives import World
 from scaler.methods.base import Method
 from scaler.strategies.base import DTYPES, MakeOptimizer, Piece, StepResult, Strategy
+from scaler.strategies.processes import ranks_per_node
 
 
 class FSDP2(Strategy):
@@ -100,8 +100,7 @@ def shard_width(group: str | int, *, world_size: int) -> int:
     Raises:
         ValueError: it does not divide the number of ranks.
     """
-    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))  # torchrun's, DeepSpeed's name
-    width = int({"all": world_size, "node": local}.get(str(group), group))
+    width = int({"all": world_size, "node": ranks_per_node(world_size)}.get(str(group), group))
     if world_size % width:
         valid = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(

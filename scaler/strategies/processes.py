@@ -59,6 +59,12 @@ def meet(*, say: Callable[[str], None] = lambda text: None) -> Meeting:
     return Meeting(rank, size, dist.PrefixStore(_agree_on_session(store, rank, size, say=say), store))  # type: ignore[attr-defined]
 
 
+def ranks_per_node(world_size: int) -> int:
+    """Processes of this run on this machine, by the launcher's word; without one all of them."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))  # torchrun's, DeepSpeed's name
+    return int(local)
+
+
 def join(meeting: Meeting, *, ranks: int, timeout_minutes: float = 60) -> tuple[World, torch.device]:
     """Make the process group of the first `ranks` of those who met; this process must be one of them.
 
