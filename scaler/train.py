@@ -42,11 +42,11 @@ from scaler.signals import StopSignals
 from scaler.strategies import strategy_class
 from scaler.strategies.fsdp2 import shard_width
 from scaler.strategies.launcher import resolve_strategy
-from scaler.strategies.processes import Meeting, dismiss, join, meet, wait_for_end
+from scaler.strategies.processes import Meeting, dismiss, join, meet, ranks_per_node, wait_for_end
 from scaler.watch import Watch
 from shards.index import ShardIndex
 from shards.indexing import sorted_by_class
-from shards.loader import ShardLoader, working_set_bytes
+from shards.loader import ShardLoader, cached_set_bytes, working_set_bytes
 from shards.order import SampleOrder, default_lanes
 
 EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
@@ -155,7 +155,7 @@ def attempt(
     """
     run_dir = Path(recipe.run.dir)
     watch.beat("reading the index")
-    index = ShardIndex.load(recipe.data.shards)
+    index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
     order = build_order(recipe, index)
     batch = recipe.data.global_batch_size
 
@@ -206,6 +206,7 @@ def attempt(
         micro_batch_size=layout.micro_batch_size,
         rank=world.rank,
         world_size=world.size,
+        ranks_per_node=ranks_per_node(world.size),
         num_workers=recipe.data.num_workers,
         start=progress.images,
         stop=plan.stop_step * batch,
@@ -429,7 +430,7 @@ def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySett
     """The recipe with every default and "auto" written out and full paths of shards and checkpoints, as plain data."""
     values = recipe.model_dump(mode="json")
     values["strategy"] = settings.model_dump(mode="json")
-    values["data"]["shards"] = str(index.path.resolve())
+    values["data"]["shards"] = str(index.path.resolve() if isinstance(index.path, Path) else index.path)
     if recipe.checkpoint.dir is not None:
         place = locate(recipe.checkpoint.dir)
         values["checkpoint"]["dir"] = str(place.resolve() if isinstance(place, Path) else place)
@@ -460,12 +461,33 @@ def announce(
     if started > layout.ranks:
         idle = started - layout.ranks
         log.note(f"{layout.ranks} of {started} ranks train, {idle} idle: the batch can be laid over no more of them")
-    gib = working_set_bytes(index, order) / 2**30
-    log.note(f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)")
+    announce_data(log, recipe, index=index, order=order, num_nodes=-(-layout.ranks // ranks_per_node(layout.ranks)))
     if (advice := sorted_by_class(index)) is not None:
         log.note(f"warning: {advice}")
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
+
+
+def announce_data(log: MetricsLog, recipe: Recipe, *, index: ShardIndex, order: SampleOrder, num_nodes: int) -> None:
+    """Print how much is read at a time, and warn where it does not fit the cache."""
+    if index.cache is None:
+        gib = working_set_bytes(index, order) / 2**30
+        log.note(f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)")
+        without_effect = [key for key in ("cache_dir", "cache_size") if key in recipe.data.changed_keys()]
+        if without_effect:
+            keys = " and ".join(f"data.{key}" for key in without_effect)
+            log.note(f"warning: {keys} set, without effect: only shards of a URL are cached, not {index.path}")
+        return
+    needed, bound = cached_set_bytes(index, order, num_nodes=num_nodes) / 1e9, index.cache.max_bytes / 1e9
+    log.note(
+        f"data: {order.lanes} lanes of {index.path}, about {needed:.3g} GB of shards at a time on each node; "
+        f"cached in {index.cache.folder}, at most {bound:.3g} GB"
+    )
+    if needed > bound:
+        log.note(
+            "warning: the cache is smaller than that: samples will be read over the network one by one, or shards more "
+            f"than once; set data.cache_size to {needed:.3g}GB or more, or lower data.lanes or data.shuffle_window"
+        )
 
 
 def make_deterministic(deterministic: bool) -> None:
