@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 DEFAULT_MAX_PIXELS = 100_000_000  # 300 MB decoded
+MAX_IMAGE_BYTES = 1 << 30  # of a file
 
 
 class DecodeError(ValueError):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import NamedTuple
 
+from shards.image_header import MAX_IMAGE_BYTES
 from shards.keys import NAME_BYTES, PREFIX_BYTES, split_name
 from shards.offsets import Sample, Skipped
 from shards.storage import printable
@@ -282,6 +283,9 @@ def scan_tar(tar: TarStream, *, image_extensions: Sequence[str]) -> tuple[list[S
             skipped.append((printable(key), f"no image among its members ({others})"))
             continue
         image = endings[extension]
+        if image.size > MAX_IMAGE_BYTES:
+            skipped.append((printable(key), f"its image has {image.size} bytes, at most {MAX_IMAGE_BYTES} are read"))
+            continue
         samples.append(
             Sample(key, extension, image.offset, image.size, label, source=image.name, crc32=crc32[extension])
         )

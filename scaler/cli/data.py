@@ -68,15 +68,23 @@ def convert(
 
 @data.command(epilog="Example: scaler index shards/laion --workers 8")
 def index(
-    destination: Annotated[Path, typer.Argument(help="Folder that holds the .tar files.")],
+    destination: Annotated[
+        str, typer.Argument(help="Folder or URL that holds the .tar files; their names may be given in braces.")
+    ],
     workers: Workers = None,
     image_ext: Annotated[
         list[str] | None,
-        typer.Option(help="Ending of the images; may be given again.", show_default="jpg jpeg png webp"),
+        typer.Option(
+            help="Ending of the images, as left.jpg; may be given again, the first that a sample has counts.",
+            show_default="jpg jpeg png webp",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on."""
+    """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on.
+
+    Every byte is read once. Members that are no part of a sample with an image are listed with the reason.
+    """
     from shards.folder import IMAGE_EXTENSIONS
     from shards.indexing import build_index
 
@@ -96,6 +104,39 @@ def index(
         f"fingerprint {shards.fingerprint[:12]}"
     )
     _list_rejected(skipped, "members were left out")
+
+
+@data.command(epilog="Example: scaler verify shards/train --decode")
+def verify(
+    destination: Annotated[str, typer.Argument(help="Folder or URL of shards with their index.")],
+    workers: Workers = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image whole (slow).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare shards with their index, byte for byte, and say what to do about each that differs.
+
+    One line a file; the exit code is 1 when there is a problem.
+    """
+    from shards.verify import verify as verify_shards
+
+    reports = verify_shards(destination, workers=workers, decode=decode, progress=not as_json)
+    problems = sum(len(report.problems) for report in reports)
+    if as_json:
+        print(json.dumps({"problems": problems, "files": [vars(report) for report in reports]}))
+    else:
+        for report in reports:
+            shown = report.problems[:_SHOWN]
+            state = (
+                "ok" if not shown else f"{len(report.problems)} problems" if len(report.problems) > 1 else "1 problem"
+            )
+            print(f"{report.name}: {state}, {report.num_samples} images, {report.num_bytes / 1e6:.1f} MB")
+            print("".join(f"    {problem}\n" for problem in shown), end="")
+            if len(report.problems) > len(shown):
+                print(f"    … and {len(report.problems) - len(shown)} more; --json lists them all")
+        wrong = sum(bool(report.problems) for report in reports)
+        print(f"{wrong} of {len(reports)} files have problems" if wrong else f"all {len(reports)} shards are right")
+    if problems:
+        raise typer.Exit(1)
 
 
 def _list_rejected(pairs: list[list[str]], what: str) -> None:

@@ -33,7 +33,7 @@ RECIPE = {
     "run": {"seed": 3},
 }
 _NAMES = (
-    "convert, index, train, batch, eval knn, demo, launch, "
+    "convert, index, verify, train, batch, eval knn, demo, launch, "
     "checkpoint show, checkpoint verify, checkpoint convert, bench checkpoint"
 )
 COMMANDS = [name.split() for name in _NAMES.split(", ")]

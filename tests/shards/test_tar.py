@@ -245,3 +245,11 @@ def test_labels(text: bytes, label: int) -> None:
 
 def test_an_own_header_is_a_member() -> None:
     assert list(stream(PLAIN + BODY + END)) == [Member("a.jpg", 512, 3, "file")]
+
+
+def test_images_that_no_memory_should_be_given_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.tar.MAX_IMAGE_BYTES", 2)
+    content = archive(*[(member(f"{size}.jpg", b"x" * size), b"x" * size) for size in (2, 3)])
+    samples, skipped = scan_tar(stream(content), image_extensions=["jpg"])
+    assert [sample.key for sample in samples] == ["2"]
+    assert skipped == [("3", "its image has 3 bytes, at most 2 are read")]
