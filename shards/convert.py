@@ -1,50 +1,53 @@
-"""Image folder → WebDataset shards, bytes kept: `scaler convert SOURCE DESTINATION`.
+"""Images → WebDataset shards: `scaler convert SOURCE DESTINATION`.
 
-The plan is made first, from file names and sizes alone: which files go to which shard, under which keys. Shards are
+The plan is made first, from file names and sizes alone: which images go to which shard, under which keys. Shards are
 then written independently by worker processes, so their bytes depend on the plan only, and a run that was interrupted
 continues with the shards that are missing. `convert.json` in the destination remembers what the plan was made of.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
 import re
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.folder import ImageFolder, scan_folder
+from shards.destination import Destination, WrittenShard
+from shards.filelist import scan_list
+from shards.folder import scan_folder
 from shards.image_header import DEFAULT_MAX_PIXELS
-from shards.index import INDEX_NAME, ShardIndex, ShardRecord
+from shards.index import ShardIndex, ShardRecord
 from shards.keys import KeyMaker
-from shards.offsets import Skipped, offset_path
+from shards.offsets import Skipped
 from shards.parallel import default_workers, map_processes
+from shards.places import Location, locate
 from shards.random import keyed_permutation
-from shards.storage import remove_temporaries, write_atomic
-from shards.writer import ShardTask, SourceFile, WrittenShard, finished_shard, sample_bytes, write_shard
+from shards.samples import find_shards, scan_shards
+from shards.sources import Source
+from shards.storage import parse_size
+from shards.writer import Options, sample_bytes, write_shard
 
-STATE_NAME = "convert.json"
 DEFAULT_SHARD_SIZE = 256_000_000
+DEFAULT_QUALITY = 90
+_FEW_SHARDS = 8  # that a small set has at least, so that as many processes can share the work,
+_SMALL_SHARD = 16_000_000  # as long as this many bytes are left to each
 _MAX_SHARDS = 1_000_000  # six digits in the name
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What became of the files of a source folder; nothing is left out of it.
+    """What became of the images of a source; nothing is left out of it.
 
-    `num_shards` counts all shards, `num_skipped_finished` those of them that an earlier run had finished.
-    `rejected` are images (or whole folders) that could not be taken, `ignored` files that are no images; both as
-    (path relative to the source, reason), and both also for the part that an earlier run did.
+    `num_shards` counts all shards, `num_skipped_finished` those of them that an earlier run had finished. `splits` has
+    the number of samples of `train` and `val` where the source was split. `rejected` are images (or whole folders) that
+    could not be taken, `ignored` files that are no images; both as (path relative to the source, reason), and both also
+    for the part that an earlier run did.
     """
 
     num_samples: int
@@ -52,210 +55,285 @@ class ConvertReport:
     num_bytes: int
     num_skipped_finished: int
     class_names: list[str]
+    splits: dict[str, int]
     rejected: list[Skipped]
     ignored: list[Skipped]
-
-
-def parse_size(text: str) -> int:
-    """`256MB`, `1.5 GiB`, `4096` → bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write for example 256MB, 1GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
     *,
+    from_list: str | Path | None = None,
     name: str = "shard",
-    shard_size: int | str = DEFAULT_SHARD_SIZE,
+    shard_size: int | str | None = None,
     workers: int | None = None,
     seed: int = 0,
     shuffle: bool = True,
     labels: bool | None = None,
+    val_fraction: float | None = None,
+    resize: int | None = None,
+    quality: int | None = None,
     json_member: bool = False,
     decode_check: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     progress: bool = False,
 ) -> ConvertReport:
-    """Write the images below `source` to shards `NAME-000000.tar`, … of about `shard_size` bytes, and their index.
+    """Write images to shards `NAME-000000.tar`, … of about equal size, and their index.
 
-    Files are taken in an order shuffled by `seed`, or by path when `shuffle` is off. `labels`: see
-    `shards.folder.scan_folder`. `json_member` adds a JSON member (path, width, height) to each sample. Files are
-    rejected, and listed with the reason, when their header is not one of a JPEG, PNG or WebP image or gives more than
-    `max_pixels`; with `decode_check` also when the image does not decode. Run again after an interruption it continues;
-    finished shards are left as they are. The same source and options give byte-identical files.
+    Images are taken in an order shuffled by `seed`, or in the source's when `shuffle` is off. They are rejected, and
+    listed with the reason, when their header is not one of a JPEG, PNG or WebP image or gives more than `max_pixels`;
+    with `decode_check` also when they do not decode. Run again after an interruption it continues; finished shards are
+    left as they are. The same source and options give byte-identical files.
+
+    Args:
+        source: a folder of images or of class folders; or shards: a .tar, a folder or URL of them, or a pattern of
+            URLs as webdataset has them, `…/{000000..000099}.tar`, whose samples are shuffled anew.
+        destination: a folder, or a URL that fsspec can write to (s3://…).
+        from_list: a .csv or .parquet file with the columns path (below `source`) and, if there are labels, label.
+        shard_size: the bytes of a shard at most, also as "1GiB"; None: 256 MB, and less for a small set, so that it has
+            8 shards.
+        workers: processes; None: as many as there are CPUs.
+        labels: whether to keep them; None: when they are there. For folders see `shards.folder.scan_folder`.
+        val_fraction: the part of the images, drawn by `seed` from each class alike, that goes to `destination`/val, the
+            others to `destination`/train; both have an index.
+        resize: images with a longer short side are reduced to one of this many pixels, and become JPEGs.
+        quality: of these JPEGs; None: 90.
+        json_member: adds a JSON member (path, width, height, and what the JSON of a source sample says) to each sample.
 
     Raises:
         ValueError: no images; a destination that holds something else, was begun with other options, or whose source
             has changed since; a disk that refuses; all in one line that says what to do.
     """
-    source, destination = Path(source), Path(destination)
-    if isinstance(shard_size, str):
-        shard_size = parse_size(shard_size)
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"name {name!r} may hold letters, digits, '_', '-' and '.', and begins with a letter or digit")
-    if shard_size < 1 or max_pixels < 1:
-        raise ValueError(f"shard_size ({shard_size}) and max_pixels ({max_pixels}) must be at least 1")
-    real_destination = Path(os.path.realpath(destination))
-    if Path(os.path.realpath(source)) in (real_destination, *real_destination.parents):
-        raise ValueError(f"the destination {destination} lies in the source {source}; choose a folder outside of it")
-    folder = scan_folder(source, labels=labels)
-    options = {
+    place, size = locate(str(destination)), parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    _check(name=name, shard_size=size, max_pixels=max_pixels, resize=resize, quality=quality, val=val_fraction)
+    workers = default_workers() if workers is None else workers
+    found = _open(source, place, from_list=from_list, labels=labels, json=json_member, workers=workers, bar=progress)
+    options = Options(
+        json_member=json_member,
+        decode_check=decode_check,
+        max_pixels=max_pixels,
+        resize=resize or 0,
+        quality=quality or DEFAULT_QUALITY,
+    )
+    plan = Plan(
+        found, place, options, name=name, shard_size=size, seed=seed, shuffle=shuffle, val_fraction=val_fraction
+    )
+    target = Destination(place, parts=list(plan.splits))
+    state = {
         "name": name,
-        "shard_size": shard_size,
+        "shard_size": size,
         "seed": seed,
         "shuffle": shuffle,
-        "labels": bool(folder.class_names),
-        "json_member": json_member,
-        "decode_check": decode_check,
-        "max_pixels": max_pixels,
+        "labels": bool(found.class_names),
+        "val_fraction": val_fraction,
+        **asdict(options),
     }
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {destination}: {error.strerror}") from error
-    plan = _Plan(
-        folder, destination, name=name, shard_size=shard_size, seed=seed if shuffle else None, json=json_member
-    )
-    with _only_writer(destination):
-        remove_temporaries(destination)
-        _check_state(source, destination, options=options, digest=folder.digest)
-        shards = {number: finished_shard(plan.path(number)) for number in range(plan.num_shards)}
-        missing = [number for number, shard in shards.items() if shard is None]
+    with target.only_writer():
+        _check_state(source, target, options=state, digest=found.digest)
+        shards = target.finished(plan.names)
+        missing = [number for number, shard in enumerate(plan.names) if shard not in shards]
+        if missing and (resize or decode_check):
+            import_module("shards.reencode")  # it takes seconds, which forked workers then do not
         written = map_processes(
-            partial(
-                write_shard,
-                source=str(source),
-                json_member=json_member,
-                decode_check=decode_check,
-                max_pixels=max_pixels,
-            ),
-            (plan.task(number) for number in missing),
+            plan.write,
+            missing,
             num_tasks=len(missing),
-            workers=default_workers() if workers is None else workers,
+            workers=workers,
             label="converting" if progress else None,
-            total=sum(plan.num_files(number) for number in missing),
+            total=sum(plan.num_images(number) for number in missing),
             amount=lambda shard: shard.num_samples + len(shard.skipped),
         )
-        shards.update(zip(missing, written, strict=True))
-        done = [shard for shard in shards.values() if shard is not None]
-        index = _finish(destination, done, source=source, class_names=folder.class_names)
+        num_finished = len(shards)
+        shards |= {shard.name: shard for shard in written}
+        done = [shards[shard] for shard in plan.names]
+        indices = _finish(target, done, source=source, class_names=found.class_names)
     return ConvertReport(
-        num_samples=index.num_samples,
-        num_shards=len(index.shard_names),
-        num_bytes=index.num_bytes,
-        num_skipped_finished=plan.num_shards - len(missing),
-        class_names=index.class_names,
-        rejected=sorted([*folder.rejected, *(pair for shard in done for pair in shard.skipped)]),
-        ignored=folder.ignored,
+        num_samples=sum(index.num_samples for index in indices.values()),
+        num_shards=sum(len(index.shard_names) for index in indices.values()),
+        num_bytes=sum(index.num_bytes for index in indices.values()),
+        num_skipped_finished=num_finished,
+        class_names=found.class_names,
+        splits={part: index.num_samples for part, index in indices.items() if part},
+        rejected=sorted([*found.rejected, *(pair for shard in done for pair in shard.skipped)]),
+        ignored=found.ignored,
     )
 
 
-class _Plan:
-    """Which files go to which shard, under which keys: a pure function of what the folder holds."""
+class Plan:
+    """Which images go to which shard, under which keys: a pure function of the source and the options.
+
+    Attributes:
+        splits: the folders below the destination that have shards and an index ("" for itself).
+        names: of all shards, below the destination.
+    """
 
     def __init__(
-        self, folder: ImageFolder, destination: Path, *, name: str, shard_size: int, seed: int | None, json: bool
+        self,
+        source: Source,
+        place: Location,
+        options: Options,
+        *,
+        name: str,
+        shard_size: int | None,
+        seed: int,
+        shuffle: bool,
+        val_fraction: float | None,
     ) -> None:
-        self._folder = folder
-        self._prefix = destination / name
+        self._source, self._place, self._options = source, place, options
         make_key = KeyMaker()
-        self._keys = [make_key(path) for path in folder.paths]
-        size = len(folder.paths)
-        self._order = np.arange(size) if seed is None else keyed_permutation(size, "convert", seed)
-        weights = sample_bytes(folder.sizes.clip(0), label=bool(folder.class_names), json_member=json)[self._order]
-        ends = np.cumsum(weights)
-        # Equal parts of at most `shard_size` bytes; a file goes to the part in which it begins.
-        part_bytes = -(-ends[-1] // -(-ends[-1] // shard_size))
-        starts = np.unique((ends - weights) // part_bytes, return_index=True)[1]
-        self._cuts: NDArray[np.int64] = np.append(starts, size)
-        self.num_shards = len(starts)
-        if self.num_shards > _MAX_SHARDS:
-            raise ValueError(
-                f"{self.num_shards} shards of {shard_size} bytes would be needed, at most {_MAX_SHARDS} are possible; "
-                "choose a larger shard_size"
-            )
+        self._keys = [make_key(path) for path in source.names]
+        size = len(source.paths)
+        order = keyed_permutation(size, "convert", seed) if shuffle else np.arange(size)
+        self.splits = {"": order}
+        if val_fraction is not None:
+            chosen = _chosen_for_val(source.labels, val_fraction, seed=seed)
+            self.splits = {"train": order[~chosen[order]], "val": order[chosen[order]]}
+        self.names: list[str] = []
+        self._images: list[NDArray[np.int64]] = []
+        for part, images in self.splits.items():
+            cuts = _cuts(source, images, shard_size=shard_size, json_member=options.json_member)
+            self._images += np.split(images, cuts)
+            prefix = f"{part}/{name}" if part else name
+            self.names += [f"{prefix}-{number:06d}.tar" for number in range(len(cuts) + 1)]
 
-    def path(self, number: int) -> Path:
-        return self._prefix.with_name(f"{self._prefix.name}-{number:06d}.tar")
+    def num_images(self, number: int) -> int:
+        """The images of shard `number`, before any is rejected."""
+        return len(self._images[number])
 
-    def num_files(self, number: int) -> int:
-        return int(self._cuts[number + 1] - self._cuts[number])
-
-    def task(self, number: int) -> ShardTask:
-        chosen = self._order[self._cuts[number] : self._cuts[number + 1]]
-        folder = self._folder
-        columns = zip(chosen.tolist(), folder.sizes[chosen].tolist(), folder.labels[chosen].tolist(), strict=True)
-        return ShardTask(
-            self.path(number),
-            [SourceFile(folder.paths[i], size, key=self._keys[i], label=label) for i, size, label in columns],
+    def write(self, number: int) -> WrittenShard:
+        """Write shard `number`."""
+        name, place = self.names[number], self._place
+        for part in name.split("/"):
+            place = place / part
+        return write_shard(
+            name, place, source=self._source, numbers=self._images[number], keys=self._keys, options=self._options
         )
 
 
-def _finish(destination: Path, shards: list[WrittenShard], *, source: Path, class_names: list[str]) -> ShardIndex:
-    """Drop the shards that came out empty and write the index of the others."""
-    for shard in shards:
-        if not shard.num_samples:
-            shard.path.unlink(missing_ok=True)
-            offset_path(shard.path).unlink(missing_ok=True)
-    records = [ShardRecord(s.path.name, s.num_bytes, s.num_samples, s.sha256) for s in shards if s.num_samples]
-    if not records:
-        path, why = min(pair for shard in shards for pair in shard.skipped)
-        raise ValueError(f"not one of the images in {source} can be used; the first, {path}: {why}")
-    index = ShardIndex(destination, shards=records, class_names=class_names)
-    index.save()
-    return index
+def _cuts(source: Source, images: NDArray[np.int64], *, shard_size: int | None, json_member: bool) -> NDArray[np.int64]:
+    """Where images (int64 [n]) are cut into equal parts of at most `shard_size` bytes: int64 [shards - 1]."""
+    weights = sample_bytes(source.sizes[images].clip(0), label=bool(source.class_names), json_member=json_member)
+    ends = np.cumsum(weights)
+    total = int(ends[-1])
+    num_shards = -(-total // (shard_size or DEFAULT_SHARD_SIZE))
+    if shard_size is None:
+        num_shards = max(num_shards, min(_FEW_SHARDS, total // _SMALL_SHARD))
+    # A file goes to the part in which it begins.
+    starts = np.unique((ends - weights) // -(-total // num_shards), return_index=True)[1]
+    if len(starts) > _MAX_SHARDS:
+        raise ValueError(
+            f"{len(starts)} shards of {shard_size} bytes would be needed, at most {_MAX_SHARDS} are possible; "
+            "choose a larger shard_size"
+        )
+    return starts[1:]
 
 
-@contextlib.contextmanager
-def _only_writer(destination: Path) -> Iterator[None]:
-    """Hold the destination against a second conversion; the system lets go of it when the process dies."""
-    descriptor = os.open(destination, os.O_RDONLY)
-    try:
-        for attempt in range(10):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt == 9:
-                    raise ValueError(
-                        f"another conversion is writing to {destination}; wait until it has ended"
-                    ) from error
-                time.sleep(0.1)  # the workers of a killed run are still ending
-            except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(descriptor)
+def _chosen_for_val(labels: NDArray[np.int64], fraction: float, *, seed: int) -> NDArray[np.bool_]:
+    """Which of the n images (bool [n]) are for validation: round(fraction · n), and of each class its part, ± 1.
+
+    The images are laid out class by class, each class in an order drawn by the seed, and every 1/fraction-th is taken.
+    """
+    size = len(labels)
+    count = round(fraction * size)
+    if not 0 < count < size:
+        raise ValueError(f"val_fraction {fraction} of {size} images is {count}; both parts need at least one image")
+    order = keyed_permutation(size, "val", seed)
+    order = order[np.argsort(labels[order], kind="stable")]
+    steps = np.arange(size + 1) * count // size
+    chosen = np.zeros(size, dtype=np.bool_)
+    chosen[order[steps[1:] > steps[:-1]]] = True
+    return chosen
 
 
-def _check_state(source: Path, destination: Path, *, options: dict[str, Any], digest: str) -> None:
-    """Continue only what was begun with the same files and options; otherwise say what differs and what to do."""
-    path = destination / STATE_NAME
-    state = {"format": 1, "options": options, "source": digest}
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if (destination / INDEX_NAME).exists() or any(destination.glob("*.tar")):
+def _check(
+    *,
+    name: str,
+    shard_size: int | None,
+    max_pixels: int,
+    resize: int | None,
+    quality: int | None,
+    val: float | None,
+) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"name {name!r} may hold letters, digits, '_', '-' and '.', and begins with a letter or digit")
+    if (shard_size is not None and shard_size < 1) or max_pixels < 1:
+        raise ValueError(f"shard_size ({shard_size}) and max_pixels ({max_pixels}) must be at least 1")
+    if resize is not None and resize < 8:
+        raise ValueError(f"resize is {resize}; the short side must keep at least 8 pixels")
+    if quality is not None and (resize is None or not 1 <= quality <= 100):
+        raise ValueError(f"quality {quality} is that of the JPEGs that resize makes, from 1 to 100")
+    if val is not None and not 0 < val < 1:
+        raise ValueError(f"val_fraction is {val}; a fraction lies between 0 and 1")
+
+
+def _open(
+    source: str | Path,
+    destination: Location,
+    *,
+    from_list: str | Path | None,
+    labels: bool | None,
+    json: bool,
+    workers: int,
+    bar: bool,
+) -> Source:
+    """List what there is to convert."""
+    shards = None if from_list is not None else find_shards(str(source))
+    if shards is not None:
+        return scan_shards(shards, labels=labels, json_members=json, workers=workers, progress=bar)
+    folder = Path(source)
+    if isinstance(destination, Path):
+        real = Path(os.path.realpath(destination))
+        if Path(os.path.realpath(folder)) in (real, *real.parents):
             raise ValueError(
-                f"{destination} already holds shards that were made otherwise; choose another folder"
-            ) from None
-        write_atomic(path, json.dumps(state, indent=1).encode())
+                f"the destination {destination} lies in the source {source}; choose a folder outside of it"
+            )
+    if from_list is not None:
+        return scan_list(folder, Path(from_list), labels=labels)
+    return scan_folder(folder, labels=labels)
+
+
+def _finish(
+    target: Destination, shards: Sequence[WrittenShard], *, source: str | Path, class_names: list[str]
+) -> dict[str, ShardIndex]:
+    """Drop the shards that came out empty and write the index of the others, for each part."""
+    target.remove([shard.name for shard in shards if not shard.num_samples])
+    indices = {}
+    for part in target.parts:
+        prefix = f"{part}/" if part else ""
+        records = [
+            ShardRecord(shard.name.removeprefix(prefix), shard.num_bytes, shard.num_samples, shard.sha256)
+            for shard in shards
+            if shard.num_samples and shard.name.startswith(prefix)
+        ]
+        if not records:
+            path, why = min(pair for shard in shards if shard.name.startswith(prefix) for pair in shard.skipped)
+            raise ValueError(f"not one of the images in {source} can be used; the first, {path}: {why}")
+        indices[part] = ShardIndex(target.place(part), shards=records, class_names=class_names)
+    for index in indices.values():
+        index.save()
+    return indices
+
+
+def _check_state(source: str | Path, target: Destination, *, options: dict[str, Any], digest: str) -> None:
+    """Continue only what was begun with the same files and options; otherwise say what differs and what to do."""
+    state = {"format": 2, "options": options, "source": digest}
+    found, place = target.read_state(), target.location
+    if found is None:
+        if target.holds_shards():
+            raise ValueError(f"{place} already holds shards that were made otherwise; choose another folder")
+        target.write_state(state)
         return
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}); delete {destination} and convert again") from error
     if found == state:
         return
     before = found.get("options", {}) if isinstance(found, dict) else {}
     changes = [f"{key} {before.get(key)!r} → {value!r}" for key, value in options.items() if before.get(key) != value]
     if changes:
         raise ValueError(
-            f"{destination} was begun with other options ({', '.join(changes)}); give the same ones to continue, or "
-            "delete it (or choose another folder) to convert anew"
+            f"{place} was begun with other options ({', '.join(changes)}); give the same ones to continue, or delete "
+            "it (or choose another folder) to convert anew"
         )
     raise ValueError(
-        f"files in {source} have been added, removed or changed since {destination} was begun; delete it (or choose "
-        "another folder) to convert anew"
+        f"files in {source} have been added, removed or changed since {place} was begun; delete it (or choose another "
+        "folder) to convert anew"
     )

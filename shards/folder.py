@@ -12,31 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.offsets import Skipped
+from shards.sources import Files
 from shards.storage import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder, sorted by path (as bytes). Columns over the n images.
-
-    `paths` are relative; `sizes` int64 [n] in bytes, -1 where the file cannot be looked at (a broken link);
-    `labels` int64 [n], -1 without classes; `digest` covers paths, sizes and modification times.
-    """
-
-    paths: list[str]
-    sizes: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    class_names: list[str]
-    digest: str
-    rejected: list[Skipped]  # folders that cannot be read
-    ignored: list[Skipped]  # files that are no images, loops of links, empty class folders
-
-
 @dataclass
 class _Found:
-    images: list[tuple[str, int, int]] = field(default_factory=list)  # path, size, modification time
+    images: list[str] = field(default_factory=list)  # paths; the other two columns belong to them
+    sizes: list[int] = field(default_factory=list)  # in bytes, -1: unknown
+    times: list[int] = field(default_factory=list)  # of the last change, in nanoseconds
     rejected: list[Skipped] = field(default_factory=list)
     ignored: list[Skipped] = field(default_factory=list)
 
@@ -46,7 +32,7 @@ def image_extension(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
-def scan_folder(source: Path, *, labels: bool | None) -> ImageFolder:
+def scan_folder(source: Path, *, labels: bool | None) -> Files:
     """List the images below `source`, following links but no loop of them.
 
     `labels` True: the sub-folders of `source` are the classes, sorted by name, each with everything below it; False:
@@ -56,43 +42,50 @@ def scan_folder(source: Path, *, labels: bool | None) -> ImageFolder:
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; give the folder that holds the images or the class folders")
     found = _walk(source)
-    nested = any("/" in path for path, _, _ in found.images)
-    loose = [path for path, _, _ in found.images if "/" not in path]
+    loose = [path for path in found.images if "/" not in path]
+    nested = len(loose) < len(found.images)
     if labels is None and nested and loose:
         raise ValueError(
             f"{source} holds images both itself ({printable(loose[0])}, …) and in sub-folders; say labels=True (the "
             "sub-folders are classes, the loose images are left out) or labels=False (no classes)"
         )
     labelled = nested if labels is None else labels
-    class_names: list[str] = []
     if labelled:
         found.ignored += [(path, "outside of the class folders") for path in loose]
-        found.images = [image for image in found.images if "/" in image[0]]
-        class_names = _class_folders(source, found)
-    if not found.images:
+    kept = [i for i, path in enumerate(found.images) if "/" in path] if labelled and loose else range(len(found.images))
+    encoded = list(map(os.fsencode, found.images))
+    order = sorted(kept, key=encoded.__getitem__)
+    paths = [found.images[i] for i in order]
+    folders = [path.partition("/")[0] for path in paths] if labelled else []
+    names = _class_folders(source, set(folders), found) if labelled else []
+    if not paths:
         others = f"; it holds {len(found.ignored)} other files" if found.ignored else ""
         raise ValueError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {source}{others}")
-    found.images.sort(key=lambda image: os.fsencode(image[0]))
-    digest = hashlib.sha256()
-    for path, size, time in found.images:
-        digest.update(b"%b\0%d %d\n" % (os.fsencode(path), size, time))
-    numbers = {name: number for number, name in enumerate(class_names)}
-    return ImageFolder(
-        paths=[path for path, _, _ in found.images],
-        sizes=np.array([size for _, size, _ in found.images], dtype=np.int64),
-        labels=np.array(
-            [numbers[path.partition("/")[0]] if labelled else -1 for path, _, _ in found.images], dtype=np.int64
-        ),
-        class_names=[printable(name) for name in class_names],
-        digest=digest.hexdigest(),
+    numbers = {name: number for number, name in enumerate(names)}
+    sizes = np.array(found.sizes, dtype=np.int64)[order]
+    labels_column = [numbers[folder] for folder in folders] if labelled else np.full(len(paths), -1)
+    return Files(
+        root=str(source),
+        paths=paths,
+        sizes=sizes,
+        labels=np.array(labels_column, dtype=np.int64),
+        class_names=[printable(name) for name in names],
+        digest=files_digest([encoded[i] for i in order], sizes, np.array(found.times, dtype=np.int64)[order]),
         rejected=sorted((printable(path), why) for path, why in found.rejected),
         ignored=sorted((printable(path), why) for path, why in found.ignored),
     )
 
 
-def _class_folders(source: Path, found: _Found) -> list[str]:
+def files_digest(paths: list[bytes], *columns: NDArray[np.int64]) -> str:
+    """A sha256 that changes with the paths and with any number that belongs to them."""
+    digest = hashlib.sha256(b"\0".join(paths))
+    for column in columns:
+        digest.update(column.tobytes())
+    return digest.hexdigest()
+
+
+def _class_folders(source: Path, used: set[str], found: _Found) -> list[str]:
     """All sub-folders, sorted; hidden ones only if they hold images. An empty class keeps its number and is named."""
-    used = {path.partition("/")[0] for path, _, _ in found.images}
     with os.scandir(source) as entries:
         names = {entry.name for entry in entries if _is_folder(entry)}
     empty = [name for name in sorted(names - used, key=os.fsencode) if not name.startswith(".")]
@@ -106,6 +99,7 @@ def _walk(source: Path) -> _Found:
     waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while waiting:
         relative, above = waiting.pop()
+        prefix = f"{relative}/" if relative else ""
         try:
             status = os.stat(source / relative)
             here = (status.st_dev, status.st_ino)
@@ -114,13 +108,16 @@ def _walk(source: Path) -> _Found:
                 continue
             with os.scandir(source / relative) as entries:
                 for entry in entries:
-                    path = f"{relative}/{entry.name}" if relative else entry.name
+                    name = entry.name
                     if _is_folder(entry):
-                        waiting.append((path, above | {here}))
-                    elif image_extension(entry.name) in IMAGE_EXTENSIONS:
-                        found.images.append((path, *_size_and_time(entry)))
+                        waiting.append((prefix + name, above | {here}))
+                    elif name[name.rfind(".") + 1 :].lower() in IMAGE_EXTENSIONS and image_extension(name):
+                        size, time = _size_and_time(entry)
+                        found.images.append(prefix + name)
+                        found.sizes.append(size)
+                        found.times.append(time)
                     else:
-                        found.ignored.append((path, "not an image ending"))
+                        found.ignored.append((prefix + name, "not an image ending"))
         except OSError as error:
             found.rejected.append((relative or ".", f"unreadable folder: {error.strerror}"))
     return found

@@ -21,6 +21,9 @@ MAX_KEY = 250
 MAX_EXTENSION = 5  # the dot and the longest of our members' endings: jpeg, webp, json
 NAME_BYTES, PREFIX_BYTES = 100, 155  # of a ustar header
 
+# Paths whose key is what stands before their ending, as nearly all are: nothing below would change it.
+_ORDINARY = re.compile(r"(?:[A-Za-z0-9][\w. -]*/)*[A-Za-z0-9][\w -]*\.[A-Za-z0-9]+", re.ASCII)
+
 _META = re.compile(r"__.*__", re.DOTALL)
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]")  # control characters, line ends, undecodable bytes
 
@@ -33,8 +36,12 @@ class KeyMaker:
 
     def __call__(self, path: str) -> str:
         """The key of a relative path such as `cats/tom.v2.jpg` (here `cats/tom_v2`), unlike all given before."""
-        wanted = plain_key(path)
-        key, number = fit_key(wanted), 1
+        if len(path) <= NAME_BYTES - MAX_EXTENSION and _ORDINARY.fullmatch(path):
+            wanted = key = path[: path.rfind(".")]
+        else:
+            wanted = plain_key(path)
+            key = fit_key(wanted)
+        number = 1
         while key in self._used:
             number += 1
             key = fit_key(f"{wanted}-{number}")

@@ -13,13 +13,25 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as Bar
+from rich.text import Text
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+_function: Callable[[Any], Any]  # of a worker process: sent once, not with every task
 
 
 def default_workers() -> int:
@@ -39,10 +51,11 @@ def map_processes(
 ) -> list[Result]:
     """`[function(task) for task in tasks]` on `workers` processes (1: in this one), under a progress bar.
 
-    There are `num_tasks` tasks, taken from the iterable when their turn comes. The bar (on standard error) is called
-    `label`, None for no bar; each result moves it by `amount(result)` towards `total`. The first exception ends it all:
-    tasks that have not begun are dropped, those under way finish, then it is raised. Raises `ValueError` when `workers`
-    is below 1 and when a worker was killed (for example for memory).
+    The function reaches the workers once (where processes fork, without being pickled), so it may hold much; tasks
+    should be small. There are `num_tasks` of them, taken from the iterable when their turn comes. The bar (on standard
+    error) is called `label`, None for no bar; each result moves it by `amount(result)` towards `total`. The first
+    exception ends it all: tasks that have not begun are dropped, those under way finish, then it is raised. Raises
+    `ValueError` when `workers` is below 1 and when a worker was killed (for example for memory).
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least 1 is needed")
@@ -56,12 +69,12 @@ def map_processes(
     # Forked workers need no importable main module (notebooks, `python -`) and start at once.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     workers = min(workers, num_tasks)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), function))
     try:
         # Few tasks are handed out ahead, so that an error or Ctrl-C does not leave a long queue behind. The first ones
         # go before the bar appears, since they fork the workers and the bar has a thread of its own.
         waiting = enumerate(tasks)
-        running = {pool.submit(function, task): number for number, task in islice(waiting, 2 * workers)}
+        running = {pool.submit(_call, task): number for number, task in islice(waiting, 2 * workers)}
         done: dict[int, Result] = {}
         with _progress_bar(label, total=total) as advance:
             while running:
@@ -69,7 +82,7 @@ def map_processes(
                     number = running.pop(future)
                     done[number] = future.result()
                     advance(amount(done[number]))
-                    running |= {pool.submit(function, task): number for number, task in islice(waiting, 1)}
+                    running |= {pool.submit(_call, task): number for number, task in islice(waiting, 1)}
         return [done[number] for number in range(num_tasks)]
     except BrokenProcessPool as error:
         raise ValueError(
@@ -79,8 +92,14 @@ def map_processes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(parent: int) -> None:
+def _call(task: Any) -> Any:
+    return _function(task)
+
+
+def _start_worker(parent: int, function: Callable[[Any], Any]) -> None:
     """Leave Ctrl-C to the parent, and end when it is gone: a worker waiting for tasks would otherwise wait for ever."""
+    global _function
+    _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -91,12 +110,20 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Bar) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
+
+
 @contextmanager
 def _progress_bar(label: str | None, *, total: int) -> Iterator[Callable[[int], None]]:
     if label is None:
         yield lambda amount: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda amount: bar.advance(task, amount)

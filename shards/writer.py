@@ -1,57 +1,53 @@
-"""Writes one shard: reads its files, looks at their headers, lays them out as a tar, and keeps the offsets."""
+"""Writes one shard: reads its images, looks at their headers, lays them out as a tar, and keeps the offsets."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import multiprocessing
-import os
-import stat
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.archive import Archive, label_members, ustar_headers, writing_archive
+from shards.destination import WrittenShard
 from shards.folder import image_extension
-from shards.image_header import DecodeError, inspect
-from shards.offsets import Sample, Skipped, offset_path, pack_offsets, read_header
-from shards.storage import atomic_file, printable, write_all, write_atomic
-from shards.tar import BLOCK, END, padded, ustar_header
+from shards.image_header import DecodeError, ImageInfo, inspect
+from shards.offsets import Skipped, offset_name, pack_columns
+from shards.places import Location, folder_at
+from shards.sources import Source
+from shards.storage import printable, write_atomic
+from shards.tar import BLOCK, padded, ustar_header
 
 MAX_IMAGE_BYTES = 1 << 30
-_WRITE_BYTES = 4 << 20
+_HEADERS_AT_ONCE = 1024
+_HEAD_BYTES = 2048  # of a JPEG, in which its size mostly is
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """One image to write: its path below the source, its size when it was listed (-1: unknown), its key and class."""
+class Options:
+    """What is done to the images; `resize` 0 keeps their bytes."""
 
-    path: str
-    size: int
-    key: str
-    label: int
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write and the files that belong in it, in order."""
-
-    path: Path
-    files: list[SourceFile]
+    json_member: bool = False
+    decode_check: bool = False
+    max_pixels: int = 100_000_000
+    resize: int = 0
+    quality: int = 90
 
 
-@dataclass(frozen=True)
-class WrittenShard:
-    """What a shard has become; `num_samples` may be 0."""
+@dataclass
+class _Columns:
+    """The samples of a shard as its offset file lists them."""
 
-    path: Path
-    num_bytes: int
-    num_samples: int
-    sha256: str
-    skipped: list[Skipped]
+    keys: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    crc32: list[int] = field(default_factory=list)
 
 
 def sample_bytes(sizes: NDArray[np.int64], *, label: bool, json_member: bool) -> NDArray[np.int64]:
@@ -59,134 +55,109 @@ def sample_bytes(sizes: NDArray[np.int64], *, label: bool, json_member: bool) ->
     return BLOCK + -(-sizes // BLOCK) * BLOCK + 2 * BLOCK * (label + json_member)
 
 
-def finished_shard(path: Path) -> WrittenShard | None:
-    """The shard at `path` if an earlier run finished it: its offset file is written last."""
-    try:
-        header = read_header(offset_path(path))
-        size = path.stat().st_size
-    except (ValueError, OSError):
-        return None
-    if header["shard"] != path.name or header["bytes"] != size:
-        return None
-    return WrittenShard(path, size, header["samples"], header["sha256"], header["skipped"])
-
-
 def write_shard(
-    task: ShardTask, *, source: str, json_member: bool, decode_check: bool, max_pixels: int
+    name: str, place: Location, *, source: Source, numbers: NDArray[np.int64], keys: Sequence[str], options: Options
 ) -> WrittenShard:
-    """Write a shard and then its offset file. Files that are no usable images are left out, with the reason."""
-    samples: list[Sample] = []
-    skipped: list[Skipped] = []
-    with atomic_file(task.path) as descriptor:
-        archive = _Archive(descriptor)
-        for file in task.files:
-            try:
-                data = _read(os.path.join(source, file.path), size=file.size)
-                info = inspect(data, max_pixels=max_pixels)
-                if decode_check:
-                    _check_decodes(data, max_pixels=max_pixels)
-            except DecodeError as error:
-                skipped.append((printable(file.path), str(error)))
-                continue
-            extension = image_extension(file.path)
-            offset = archive.add(f"{file.key}.{extension}", data)
-            if file.label >= 0:
-                archive.add(f"{file.key}.cls", b"%d" % file.label)
-            if json_member:
-                about = {"path": file.path, "width": info.width, "height": info.height}
-                archive.add(f"{file.key}.json", json.dumps(about).encode())
-            crc32 = zlib.crc32(data)
-            samples.append(Sample(file.key, extension, offset, len(data), file.label, source=file.path, crc32=crc32))
-        num_bytes, sha256 = archive.finish()
-    offsets = pack_offsets(samples, shard_name=task.path.name, num_bytes=num_bytes, sha256=sha256, skipped=skipped)
-    write_atomic(offset_path(task.path), offsets)
-    return WrittenShard(task.path, num_bytes, len(samples), sha256, skipped)
+    """Write images `numbers` (int64 [n]) of a source to the shard at `place`, and then its offset file.
 
-
-class _Archive:
-    """A tar going to a descriptor in large writes, and its sha256."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._digest = hashlib.sha256()
-        self._parts: list[bytes] = []
-        self._position = 0
-        self._written = 0
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; returns the position of its first byte."""
-        start = self._position + BLOCK
-        self._parts += (ustar_header(name, size=len(data)), data, bytes(-len(data) % BLOCK))
-        self._position = start + padded(len(data))
-        if self._position - self._written > _WRITE_BYTES:
-            self._flush()
-        return start
-
-    def finish(self) -> tuple[int, str]:
-        """End the archive; its size and sha256."""
-        self._parts.append(END)
-        self._position += len(END)
-        self._flush()
-        return self._position, self._digest.hexdigest()
-
-    def _flush(self) -> None:
-        block = b"".join(self._parts)
-        self._digest.update(block)
-        write_all(self._descriptor, block)
-        self._parts.clear()
-        self._written = self._position
-
-
-def _read(path: str, *, size: int) -> bytes:
-    """The bytes of a source file that was `size` bytes long when the plan was made.
-
-    `DecodeError` with the reason when it cannot be used, `ValueError` when it is not the file that was planned with.
+    `keys` are those of the whole source. What is no usable image is left out, with the reason.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe named .jpg must not stop us
-    except OSError as error:
-        raise _read_error(path, error, size=size) from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DecodeError("not a regular file")
-        if status.st_size != size:
-            raise _changed(path)
-        if size > MAX_IMAGE_BYTES:
-            raise DecodeError(f"{size} bytes is above the limit of {MAX_IMAGE_BYTES} for one image")
-        data = os.read(descriptor, size)
-        while len(data) < size and (more := os.read(descriptor, size - len(data))):
-            data += more
-    except OSError as error:
-        raise _read_error(path, error, size=size) from error
-    finally:
-        os.close(descriptor)
-    if len(data) != size:
-        raise _changed(path)
-    return data
+    samples, skipped = _Columns(), list[Skipped]()
+    with writing_archive(place) as archive, source.reading(numbers.tolist()):
+        for part in np.split(numbers, range(_HEADERS_AT_ONCE, len(numbers), _HEADERS_AT_ONCE)):
+            _add_images(archive, source, part, keys=keys, options=options, samples=samples, skipped=skipped)
+        num_bytes, sha256 = archive.finish()
+    offsets = pack_columns(**vars(samples), shard_name=place.name, num_bytes=num_bytes, sha256=sha256, skipped=skipped)
+    if isinstance(place, Path):
+        write_atomic(place.with_name(offset_name(place.name)), offsets)
+    else:
+        folder_at(place.parent).write(offset_name(place.name), offsets)
+    return WrittenShard(name, num_bytes, len(samples.keys), sha256, skipped)
 
 
-def _read_error(path: str, error: OSError, *, size: int) -> ValueError:
-    if error.errno in (errno.ENOENT, errno.ENOTDIR) and size >= 0:
-        return _changed(path)
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return ValueError(f"cannot read {printable(path)}: {error.strerror}; run again to continue")
-    return DecodeError(f"unreadable: {error.strerror}")
+def _add_images(
+    archive: Archive,
+    source: Source,
+    numbers: NDArray[np.int64],
+    *,
+    keys: Sequence[str],
+    options: Options,
+    samples: _Columns,
+    skipped: list[Skipped],
+) -> None:
+    chosen, sizes, labels = numbers.tolist(), source.sizes[numbers].clip(0), source.labels[numbers]
+    extensions = [image_extension(source.names[number]) for number in chosen]
+    encoded = [keys[number].encode() for number in chosen]
+    names = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
+    headers = ustar_headers(names, sizes).tobytes()
+    tails = label_members(encoded, labels.clip(0)).tobytes() if source.class_names else b""
+    rows = zip(chosen, extensions, sizes.tolist(), labels.tolist(), strict=True)
+    for i, (number, extension, size, label) in enumerate(rows):
+        start = archive.position + BLOCK
+        filled = BLOCK + padded(size)
+        room = archive.room(filled + 2 * BLOCK)
+        data = room[BLOCK : BLOCK + size]
+        try:
+            if size > MAX_IMAGE_BYTES:
+                raise DecodeError(f"{size} bytes is above the limit of {MAX_IMAGE_BYTES} for one image")
+            source.read(number, data)
+            info = _inspect(data, max_pixels=options.max_pixels)
+            about = source.about(number) if options.json_member else {}
+            smaller = None
+            if options.resize or options.decode_check:
+                smaller, info = _decode(data, info, options)
+        except DecodeError as error:
+            skipped.append((printable(source.paths[number]), str(error)))
+            continue
+        if smaller is None:
+            room[:BLOCK] = headers[i * BLOCK : (i + 1) * BLOCK]
+            room[BLOCK + size : filled] = bytes(filled - BLOCK - size)
+        else:
+            extension, size, filled = "jpg", len(smaller), BLOCK + padded(len(smaller))
+            room = archive.room(filled + 2 * BLOCK)
+            data = room[BLOCK : BLOCK + size]
+            room[:BLOCK] = ustar_header(f"{keys[number]}.jpg", size=size)
+            room[BLOCK:filled] = smaller + bytes(filled - BLOCK - size)
+        if label >= 0:
+            room[filled : filled + 2 * BLOCK] = tails[i * 2 * BLOCK : (i + 1) * 2 * BLOCK]
+            filled += 2 * BLOCK
+        archive.advance(filled)
+        samples.keys.append(keys[number])
+        samples.extensions.append(extension)
+        samples.offsets.append(start)
+        samples.sizes.append(size)
+        samples.labels.append(label)
+        samples.sources.append(source.paths[number])
+        samples.crc32.append(zlib.crc32(data))
+        if options.json_member:
+            about = {"path": source.paths[number], **about, "width": info.width, "height": info.height}
+            archive.add(f"{keys[number]}.json", json.dumps(about).encode())
 
 
-def _changed(path: str) -> ValueError:
-    return ValueError(
-        f"{printable(path)} has changed since the conversion began; leave the source alone while it runs, delete the "
-        "destination and convert again"
-    )
+def _inspect(data: memoryview, *, max_pixels: int) -> ImageInfo:
+    """The header of an image; that of a JPEG is mostly found without copying all of it."""
+    head = bytes(data[:_HEAD_BYTES])
+    if len(data) > _HEAD_BYTES:
+        if head[:3] == b"\xff\xd8\xff":
+            try:
+                return inspect(head, max_pixels=max_pixels)
+            except DecodeError:
+                pass  # a long EXIF or colour profile comes first, or something is wrong
+        head = bytes(data)
+    return inspect(head, max_pixels=max_pixels)
 
 
-def _check_decodes(data: bytes, *, max_pixels: int) -> None:
-    import torch
+def _decode(data: memoryview, info: ImageInfo, options: Options) -> tuple[bytes | None, ImageInfo]:
+    """Decode an image whole, as it is asked for: smaller as a new JPEG, or None where its bytes stay; and its header.
 
-    from shards.decode import View, decode_views  # here, since torch takes seconds to import and few ask for this
+    Raises:
+        DecodeError: it does not decode.
+    """
+    from shards.reencode import check_decodes, shrink  # here, since they bring torch, which takes seconds
 
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
-    view = View(name="check", size=8, kind="center")
-    decode_views(data, views=[view], seed=0, epoch=0, sample_id=0, max_pixels=max_pixels)
+    if options.resize and min(info.width, info.height) > options.resize:
+        smaller = shrink(bytes(data), info, short_side=options.resize, quality=options.quality)
+        return smaller, inspect(smaller, max_pixels=options.max_pixels)
+    if options.decode_check:
+        check_decodes(bytes(data), info)
+    return None, info

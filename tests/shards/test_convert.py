@@ -17,13 +17,15 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
 from shards.convert import ConvertReport, convert, parse_size
+from shards.folder import scan_folder
 from shards.index import ShardIndex
 from shards.parallel import map_processes
-from shards.writer import ShardTask, SourceFile, write_shard
+from shards.writer import Options, write_shard
 from tests.images import encode_image, make_image_folder, make_pixels
 
 # Source path → key. Every file has contents of its own.
@@ -392,13 +394,13 @@ def test_two_conversions_at_once_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["grown", "gone"])
 def test_a_file_that_changes_on_the_way_is_an_error(tmp_path: Path, change: str) -> None:
     (file,) = make_image_folder(tmp_path / "src", num_images=1, classes=0)
-    task = ShardTask(tmp_path / "s.tar", [SourceFile(file.name, file.stat().st_size, key="k", label=-1)])
+    source = scan_folder(tmp_path / "src", labels=None)
     if change == "grown":
         file.write_bytes(file.read_bytes() + b"x")
     else:
         file.unlink()
     with pytest.raises(ValueError, match="has changed since the conversion began"):
-        write_shard(task, source=str(tmp_path / "src"), json_member=False, decode_check=False, max_pixels=10**8)
+        write_shard("s.tar", tmp_path / "s.tar", source=source, numbers=np.arange(1), keys=["k"], options=Options())
     assert not list(tmp_path.glob("s.*")), "no partial file"
 
 

@@ -1,0 +1,313 @@
+"""Shards as a source of images: their samples, wherever they lie, to be laid out and shuffled anew."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+from numpy.typing import NDArray
+
+from shards.folder import IMAGE_EXTENSIONS, files_digest, image_extension
+from shards.image_header import DecodeError
+from shards.index import INDEX_NAME, ShardIndex
+from shards.indexing import open_tar, tar_sizes
+from shards.offsets import Sample, Skipped, offset_name, parse_offsets
+from shards.parallel import map_processes
+from shards.places import Folder, Location, folder_at, locate
+from shards.retry import retry
+from shards.sources import Source
+from shards.storage import printable
+from shards.tar import sample_files, scan_tar
+
+_OPEN_SHARDS = 256
+_THREADS = 8  # reads at a time from far away
+_MAX_JSON = 1 << 20
+
+Shards = dict[Location, list[str] | None]  # folder → names of its shards, None for all
+
+
+class _Ahead:
+    """Calls `fetch(number)` in threads, for a few numbers ahead of the one that is asked for."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, fetch: Callable[[int], bytes | bytearray], numbers: Sequence[int]
+    ) -> None:
+        self._pool, self._fetch = pool, fetch
+        self._waiting = iter(numbers)
+        self._coming: deque[tuple[int, Future[bytes | bytearray]]] = deque()
+        self._fill_up()
+
+    def get(self, number: int) -> bytes | bytearray:
+        """What was fetched for `number`; those before it are dropped."""
+        while True:
+            found, future = self._coming.popleft()
+            self._fill_up()
+            if found == number:
+                return future.result()
+
+    def _fill_up(self) -> None:
+        for number in islice(self._waiting, 2 * _THREADS - len(self._coming)):
+            self._coming.append((number, self._pool.submit(self._fetch, number)))
+
+
+@dataclass(kw_only=True)
+class Samples(Source):
+    """The samples of tars; three more columns (int64 [n]) over them, and the crc32 of each image (uint32 [n])."""
+
+    keys: list[str]  # KEY.ending
+    places: list[Location]  # of the tars
+    shards: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+    json: NDArray[np.int64]  # [n, 2]: offset and size of the JSON member, size 0: none
+    _files: dict[int, int] = field(default_factory=dict)  # shard → descriptor, the one used longest ago first
+    _ahead: _Ahead | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """See `Source.names`."""
+        return self.keys
+
+    def read(self, number: int, into: memoryview) -> None:
+        """See `Source.read`."""
+        if self._ahead is not None:
+            into[:] = self._ahead.get(number)
+        else:
+            self._fill(int(self.shards[number]), int(self.offsets[number]), into)
+        if zlib.crc32(into) != self.crc32[number]:
+            raise ValueError(
+                f"shard {self.places[self.shards[number]]} is damaged: {printable(self.keys[number])!r} is not what it "
+                "was when the shard was indexed; copy it again from where it came"
+            )
+
+    @contextlib.contextmanager
+    def reading(self, numbers: Sequence[int]) -> Iterator[None]:
+        """See `Source.reading`; where samples lie far away, several are fetched ahead at a time."""
+        if all(isinstance(place, Path) for place in self.places):
+            yield
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            self._ahead = _Ahead(pool, self._fetch, numbers)
+            try:
+                yield
+            finally:
+                self._ahead = None
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, number: int) -> bytearray:
+        content = bytearray(int(self.sizes[number]))
+        self._fill(int(self.shards[number]), int(self.offsets[number]), memoryview(content))
+        return content
+
+    def _fill(self, shard: int, offset: int, into: memoryview) -> None:
+        """Read from byte `offset` of a shard on; `ValueError` naming it when that cannot be done."""
+        place = self.places[shard]
+        try:
+            if isinstance(place, Path):
+                filled = os.preadv(self._open(shard, place), (into,), offset)
+                if filled != len(into):
+                    raise ValueError(f"shard {place} ends at byte {offset + filled}; copy it again from where it came")
+            else:
+                folder = folder_at(place.parent)
+                retry(lambda: folder.read_into(place.name, offset, into))
+        except OSError as error:
+            raise ValueError(f"cannot read shard {place}: {error.strerror or error}") from error
+
+    def _open(self, shard: int, path: Path) -> int:
+        descriptor = self._files.pop(shard, None)
+        if descriptor is None:
+            while len(self._files) >= _OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files[shard] = descriptor
+        return descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_ahead": None}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def about(self, number: int) -> dict[str, Any]:
+        """See `Source.about`."""
+        offset, size = self.json[number].tolist()
+        if size > _MAX_JSON:
+            raise DecodeError(f"its JSON member has {size} bytes, at most {_MAX_JSON} are read")
+        content = bytearray(size)
+        self._fill(int(self.shards[number]), offset, memoryview(content))
+        try:
+            found = json.loads(content) if size else {}
+        except (ValueError, RecursionError) as error:
+            raise DecodeError("its JSON member is no JSON") from error
+        if not isinstance(found, dict):
+            raise DecodeError("its JSON member is no object")
+        return found
+
+
+def find_shards(source: str) -> Shards | None:
+    """The shards that `source` names, or None where it is a folder of images.
+
+    A .tar file; a folder of such (without sub-folders or images); any URL of one or the other; or several, with braces
+    as webdataset has them. `ValueError` for `pipe:`, which would run a command.
+    """
+    if source.startswith("pipe:"):
+        raise ValueError(f"{source!r} is a command, which convert does not run; give files or URLs")
+    braces = "{" in source and not os.path.lexists(source)
+    try:
+        texts = list(braceexpand(source)) if braces else [source]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}; write for example train-{{0000..0099}}.tar") from None
+    found: Shards = {}
+    for text in texts:
+        place = locate(text)
+        if place.name.endswith(".tar") and not (isinstance(place, Path) and place.is_dir()):
+            names = found.setdefault(place.parent, [])
+            if names is not None:
+                names.append(place.name)
+        elif not isinstance(place, Path) or _holds_tars(place):
+            found[place] = None
+        else:
+            return None
+    return found
+
+
+def _holds_tars(folder: Path) -> bool:
+    """Whether this is a folder of shards, rather than one of images in which a tar lies too."""
+    tars = False
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() or image_extension(entry.name) in IMAGE_EXTENSIONS:
+                    return False
+                tars = tars or entry.name.endswith(".tar")
+    except OSError:
+        return False
+    return tars
+
+
+def scan_shards(
+    shards: Shards, *, labels: bool | None, json_members: bool, workers: int, progress: bool = False
+) -> Samples:
+    """List the samples of shards, from their offset files where there are such, otherwise by reading every byte.
+
+    Class names come from the `index.json` beside the shards; without one they are the numbers. `labels`: whether to
+    keep them (None: when there are any). With `json_members` the shards are read to find these.
+
+    Raises:
+        ValueError: damaged or missing shards, no images, or folders that name their classes differently.
+    """
+    tasks: list[tuple[Location, str, int]] = []
+    names: dict[tuple[str, ...], Location] = {}
+    for place, chosen in shards.items():
+        known = _index(place)
+        tasks += [(place, name, size) for name, size in tar_sizes(folder_at(place), chosen).items()]
+        names[tuple(known.class_names) if known is not None else ()] = place
+    found = map_processes(
+        partial(_scan, json_members=json_members),
+        tasks,
+        num_tasks=len(tasks),
+        workers=workers,
+        label="listing" if progress else None,
+        total=sum(size for _, _, size in tasks),
+        amount=lambda shard: shard.num_bytes,
+    )
+    samples = [sample for shard in found for sample in shard.samples]
+    skipped = sorted(pair for shard in found for pair in shard.skipped)
+    if not samples:
+        why = f"; the first member left out, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise ValueError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {len(tasks)} shards{why}")
+    columns = np.array([(s.offset, s.size, s.label, s.crc32) for s in samples], dtype=np.int64)
+    numbers = np.repeat(np.arange(len(found)), [len(shard.samples) for shard in found])
+    if labels is False or (labels is None and columns[:, 2].max() < 0):
+        columns[:, 2] = -1
+    elif labels and columns[:, 2].min() < 0:
+        raise ValueError(f"{(columns[:, 2] < 0).sum()} of {len(samples)} samples have no label (member .cls)")
+    return Samples(
+        paths=[sample.source for sample in samples],
+        sizes=columns[:, 1].copy(),
+        labels=columns[:, 2].copy(),
+        class_names=_class_names(names, num_classes=int(columns[:, 2].max()) + 1),
+        digest=files_digest([os.fsencode(sample.source) for sample in samples], columns, numbers),
+        rejected=[],
+        ignored=skipped,
+        keys=[f"{sample.key}.{sample.extension.rpartition('.')[2]}" for sample in samples],
+        places=[place / name for place, name, _ in tasks],
+        shards=numbers,
+        offsets=columns[:, 0].copy(),
+        crc32=columns[:, 3].astype(np.uint32),
+        json=np.array([pair for shard in found for pair in shard.json], dtype=np.int64).reshape(-1, 2),
+    )
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    num_bytes: int
+    samples: list[Sample]
+    skipped: list[Skipped]
+    json: list[tuple[int, int]]  # offset and size; empty where nobody asked
+
+
+def _scan(shard: tuple[Location, str, int], *, json_members: bool) -> _Scanned:
+    place, name, size = shard
+    folder = folder_at(place)
+    known = _known_samples(folder, name, size=size)
+    if known is None:
+        samples, skipped = scan_tar(
+            open_tar(folder, name, size=size, digest=hashlib.sha256()), image_extensions=IMAGE_EXTENSIONS
+        )
+    else:
+        samples, skipped = known
+    if not json_members:
+        return _Scanned(size, samples, skipped, [])
+    members = sample_files(open_tar(folder, name, size=size, digest=hashlib.sha256()), skipped=[])
+    found = {key: (member.offset, member.size) for key, ending, member in members if ending == "json"}
+    return _Scanned(size, samples, skipped, [found.get(sample.key, (0, 0)) for sample in samples])
+
+
+def _known_samples(folder: Folder, name: str, *, size: int) -> tuple[list[Sample], list[Skipped]] | None:
+    """What the offset file beside a shard says, if it belongs to it."""
+    try:
+        table = parse_offsets(folder.read(offset_name(name)), folder.location / offset_name(name))
+    except (OSError, ValueError):
+        return None
+    if (table.shard_name, table.num_bytes) != (name, size):
+        return None
+    return [table.sample(number) for number in range(len(table))], table.skipped
+
+
+def _index(place: Location) -> ShardIndex | None:
+    try:
+        return ShardIndex.load(place)
+    except ValueError:
+        if isinstance(place, Path) and (place / INDEX_NAME).exists():
+            raise  # damaged, so that the class names would be lost
+        return None
+
+
+def _class_names(found: dict[tuple[str, ...], Location], *, num_classes: int) -> list[str]:
+    """The names of the classes in all folders, which must agree, if there are labels."""
+    if not num_classes:
+        return []
+    if len(found) > 1:
+        places = " and ".join(str(place) for place in found.values())
+        raise ValueError(f"{places} name their classes differently; convert them one at a time")
+    (names,) = found
+    if 0 < len(names) < num_classes:
+        raise ValueError(f"label {num_classes - 1} has no name in {next(iter(found.values())) / INDEX_NAME}")
+    return list(names) or [str(number) for number in range(num_classes)]
