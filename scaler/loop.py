@@ -14,11 +14,12 @@ import torch
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import Agreement, World
 from scaler.methods.base import Batch, Hyper, Method
-from scaler.metrics import MetricsLog, Throughput, memory_gib
+from scaler.metrics import MetricsLog, memory_gib
 from scaler.optimizers import set_hyper
 from scaler.rejections import Rejections
 from scaler.signals import StopSignals
 from scaler.strategies import Strategy
+from scaler.throughput import Throughput
 from scaler.watch import Watch
 from shards.random import keyed_bits
 
@@ -95,9 +96,13 @@ def train(
             with meter.waiting():
                 raw = list(itertools.islice(loader, plan.num_micro_batches))
             rejections.add(step + 1, raw)
-            prepare = functools.lru_cache(maxsize=1)(  # one micro-batch of floats at a time; a single one is kept
-                lambda i, raw=raw, step=step: method.augment(to_device(raw[i], device), seed=plan.seed, step=step)
-            )
+            for batch in raw:
+                meter.add_stages(batch)
+
+            @functools.lru_cache(maxsize=1)  # one micro-batch of floats at a time; a single one is kept
+            def prepare(i: int, raw: list[Batch] = raw, step: int = step) -> Batch:
+                with meter.stage("augment", device):
+                    return method.augment(to_device(raw[i], device), seed=plan.seed, step=step)
 
             # Targets that depend on the whole global batch.
             targets: list[Any] = [None] * len(raw)

@@ -1,11 +1,9 @@
 """Metrics of a run, written by rank 0: `metrics.jsonl`, `rejected.jsonl`, the console line, TensorBoard and W&B.
 
-    log = MetricsLog(run_dir, rank=0, start_step=0, total_steps=1000, track=recipe.track, recipe=recipe.model_dump())
-    meter = Throughput()
-    with meter.waiting():
-        batch = next(loader)
-    meter.add(256)
-    log.log({"step": 1, "loss": 5.1, **meter.read()})
+    log = MetricsLog(
+        run_dir, rank=0, start_step=0, total_steps=1000, track=recipe.track, recipe=recipe.model_dump(), supply=supply
+    )
+    log.log({"step": 1, "loss": 5.1, **meter.read()})  # scaler/throughput.py
 
 The files are the truth: one JSON object a line, floats written so that they read back bit for bit, `null` where a
 number is not finite (JSON has no NaN). On resume they are cut back to the checkpoint's step.
@@ -13,12 +11,9 @@ number is not finite (JSON has no NaN). On resume they are cut back to the check
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,6 +23,7 @@ import torch
 from rich.console import Console
 
 from scaler.console import ProgressLine
+from scaler.throughput import Supply, diagnose, waited
 from scaler.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
@@ -48,6 +44,7 @@ class MetricsLog:
         total_steps: length of the whole run, for the progress bar and the time left.
         track: the recipe's `track` section.
         recipe: the resolved recipe, for trackers that show it.
+        supply: what feeds this process, for advice when it waits for data.
         console: where people read; default: standard output.
 
     Raises:
@@ -63,6 +60,7 @@ class MetricsLog:
         total_steps: int,
         track: Track,
         recipe: dict[str, Any],
+        supply: Supply,
         console: Console | None = None,
     ) -> None:
         self._active = rank == 0
@@ -77,7 +75,7 @@ class MetricsLog:
             self._files[name] = path.open("ab")
         self._trackers: list[Tracker] = open_trackers(run_dir, start_step=start_step, track=track, recipe=recipe)
         self._line = ProgressLine(console or Console(), start_step=start_step, total_steps=total_steps)
-        self._health = _Health()
+        self._health = _Health(supply)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row, which holds `step`, to `metrics.jsonl` and hand its numbers to the trackers."""
@@ -156,34 +154,6 @@ class MetricsLog:
         self._files[name].flush()
 
 
-class Throughput:
-    """Wall-clock meter of images per second and of the fraction of time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._images, self._waited, self._since = 0, 0.0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside the `with` as waiting for data."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - start
-
-    def add(self, images: int) -> None:
-        """Count images as done."""
-        self._images += images
-
-    def read(self) -> dict[str, float]:
-        """`images_per_second` and `data_wait` (0 to 1) since the last read; starts the next interval."""
-        now = time.perf_counter()
-        elapsed = max(now - self._since, 1e-9)
-        out = {"images_per_second": self._images / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
-        self._images, self._waited, self._since = 0, 0.0, now
-        return out
-
-
 def memory_gib(device: torch.device | str) -> float:
     """Peak memory allocated on a CUDA device, or this process's resident memory on the CPU, in GiB."""
     if torch.device(device).type == "cuda":
@@ -250,7 +220,8 @@ def _plain(value: Any) -> Any:
 class _Health:
     """Says once, in words, when the run starves or memory keeps growing."""
 
-    def __init__(self) -> None:
+    def __init__(self, supply: Supply) -> None:
+        self._supply = supply
         self._waits = 0
         self._memory: list[float] = []
         self._said: set[str] = set()
@@ -258,15 +229,14 @@ class _Health:
     def check(self, row: dict[str, Any]) -> list[str]:
         """Advice that this row gives rise to, if any."""
         advice = []
-        wait = row.get("data_wait")
-        if wait is not None:
+        if "data_wait" in row:
+            wait = waited(row, self._supply)
             self._waits = self._waits + 1 if wait > _WAIT_LIMIT else 0
             if self._waits >= _WAIT_ROWS and "wait" not in self._said:
                 self._said.add("wait")
                 advice.append(
                     f"warning: training waited for data {wait:.0%} of the time, and above {_WAIT_LIMIT:.0%} for "
-                    f"{_WAIT_ROWS} logged rows: raise data.num_workers (up to the CPU cores per process), or put the "
-                    "shards on a faster disk; smaller stored images also decode faster"
+                    f"{_WAIT_ROWS} logged rows: {diagnose(row, self._supply)}"
                 )
         memory = row.get("memory_gib")
         if memory is not None:

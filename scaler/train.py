@@ -43,11 +43,13 @@ from scaler.strategies import strategy_class
 from scaler.strategies.fsdp2 import shard_width
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import Meeting, dismiss, join, meet, ranks_per_node, wait_for_end
+from scaler.throughput import Supply
 from scaler.watch import Watch
 from shards.index import ShardIndex
 from shards.indexing import sorted_by_class
 from shards.loader import ShardLoader, cached_set_bytes, working_set_bytes
 from shards.order import SampleOrder, default_lanes
+from shards.places import Url
 
 EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 _LET_RANK_0_SPEAK = 5.0  # seconds
@@ -220,6 +222,12 @@ def attempt(
         total_steps=plan.total_steps,
         track=recipe.track,
         recipe=resolved,
+        supply=Supply(
+            num_workers=recipe.data.num_workers,
+            processes=ranks_per_node(world.size),
+            remote=isinstance(index.path, Url),
+            gpu=device.type == "cuda",
+        ),
     )
     rejections.load(run_dir / "rejected.jsonl")
     watch.beat("starting")

@@ -79,9 +79,9 @@ def train_job(world: World, recipe: str, overrides: list[str]) -> str:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the columns that measure the machine."""
-    machine = ("images_per_second", "data_wait", "memory_gib")
+    machine = ("images_per_second", "data_wait", "memory_gib", "seconds/")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in machine} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(machine)} for line in lines]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

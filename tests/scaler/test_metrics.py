@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scaler.metrics import MetricsLog, Throughput, cut_back, memory_gib
+from scaler.metrics import MetricsLog, cut_back, memory_gib
 from scaler.recipe import Track
+from scaler.throughput import Supply
 from scaler.trackers import without_credentials
 
 QUIET = Track(tensorboard=False)
@@ -31,7 +32,14 @@ def open_log(
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120 if terminal else 60)
     log = MetricsLog(
-        run_dir, rank=rank, start_step=start, total_steps=total, track=track, recipe={"seed": 3}, console=console
+        run_dir,
+        rank=rank,
+        start_step=start,
+        total_steps=total,
+        track=track,
+        recipe={"seed": 3},
+        supply=Supply(num_workers=1, processes=1, cores=4, remote=False, gpu=False),
+        console=console,
     )
     return log, out
 
@@ -216,22 +224,6 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path: Path) -> None:
     assert "1/20" in screen and "━" in screen
     last = screen.rstrip().splitlines()[-1]
     assert "20/20" in last and "loss 5.4321" in last and "ETA 0:00:00" in last
-
-
-def test_throughput_counts_images_and_waiting_per_interval() -> None:
-    start = time.perf_counter()
-    meter = Throughput()
-    with meter.waiting():
-        time.sleep(0.06)
-    time.sleep(0.04)
-    meter.add(30)
-    meter.add(20)
-    figures = meter.read()
-    elapsed = time.perf_counter() - start
-    assert 50 / elapsed <= figures["images_per_second"] <= 50 / 0.1
-    assert 0.06 / elapsed <= figures["data_wait"] < 1.0
-    time.sleep(0.01)
-    assert meter.read() == {"images_per_second": 0.0, "data_wait": 0.0}
 
 
 def test_memory_follows_allocations() -> None:

@@ -1,0 +1,209 @@
+"""How fast a run goes, what it waits for, and what would help.
+
+    meter = Throughput()
+    with meter.waiting():
+        batch = next(loader)
+    meter.add_stages(batch)                                  # of the loader's worker: read, decode, resize
+    with meter.stage("augment", device):
+        batch = method.augment(batch, seed=0, step=0)
+    meter.add(256)                                           # a step of so many images
+    row = meter.read()
+    if waited(row, supply) > 0.2:
+        print(diagnose(row, supply))
+
+Stage times are seconds of this process per step; those of the workers are summed over its workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shards.resize import cut, cut_with_torch
+
+_WORKER_STAGES = {"read": "reading", "decode": "decoding", "resize": "cropping and resizing"}
+_FULL = 0.8  # of a step: a copy that takes longer is what the step waits for
+_DEVICE_STAGES = {
+    "transfer": (
+        "the copy to the GPU",
+        "see that its link has the full width (nvidia-smi -q), or cut fewer or smaller views",
+        _FULL,
+    ),
+    "augment": (
+        "the colour operations on the GPU",
+        "larger micro-batches (strategy.micro_batch_size) do them in fewer, larger kernels",
+        0.0,
+    ),
+}
+_HEADROOM = 1.25  # a loader that is faster than the step by so much is not what the step waits for
+
+
+class Throughput:
+    """Wall-clock meter: images per second, the fraction of time spent waiting for data, and seconds by stage."""
+
+    def __init__(self) -> None:
+        self._images, self._steps, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside the `with` as waiting for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def stage(self, name: str, device: torch.device) -> Iterator[None]:
+        """Count what the current stream of a GPU does for the inside of the `with`, or the CPU's time there.
+
+        Nothing waits for the device: its times are read when they are known.
+        """
+        if device.type != "cuda":
+            began = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - began
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._events.append((name, first, last))
+
+    def add_stages(self, batch: Mapping[str, Any]) -> None:
+        """Count what a micro-batch brings along: the `seconds` of its worker by stage, and from a GPU `transfer`, the
+        two events between which it was copied there."""
+        for name, value in batch["seconds"].items():
+            self._seconds[name] += value
+        if "transfer" in batch:
+            self._events.append(("transfer", *batch["transfer"]))
+
+    def add(self, images: int) -> None:
+        """Count a step of so many images as done."""
+        self._images += images
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Since the last read: `images_per_second`, `data_wait` (0 to 1), and where there were steps `seconds/step` and
+        `seconds/STAGE`, both per step; starts the next interval."""
+        events, self._events = self._events, []
+        for name, first, last in events:
+            if last.query():
+                self._seconds[name] += first.elapsed_time(last) / 1000
+            else:  # the device has not come so far: counted next time
+                self._events.append((name, first, last))
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        out = {"images_per_second": self._images / elapsed, "data_wait": min(self._waited / elapsed, 1.0)}
+        if self._steps:
+            out["seconds/step"] = elapsed / self._steps
+            out |= {f"seconds/{name}": value / self._steps for name, value in self._seconds.items()}
+        self._images, self._steps, self._waited, self._since = 0, 0, 0.0, now
+        self._seconds.clear()
+        return out
+
+
+@dataclass(frozen=True)
+class Supply:
+    """What feeds a training process.
+
+    Attributes:
+        num_workers: loader processes of each training process.
+        processes: training processes on this machine.
+        cores: of this machine, for all of them; those that this process may use.
+        remote: whether the shards come over a network.
+        gpu: whether colour operations run on a device of their own.
+    """
+
+    num_workers: int
+    processes: int
+    remote: bool
+    gpu: bool
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+
+def waited(row: Mapping[str, Any], supply: Supply) -> float:
+    """The fraction of the time that went into getting data instead of training on them.
+
+    On a GPU the colour operations count too, and the copy to it where it fills the step: it runs beside the training,
+    which waits only for one that is longer.
+    """
+    step = row.get("seconds/step")
+    if not supply.gpu or not step:
+        return row["data_wait"]
+    augment, transfer = ((row.get(f"seconds/{name}") or 0.0) / step for name in ("augment", "transfer"))
+    return max(row["data_wait"] + augment, transfer if transfer > _FULL else 0.0)
+
+
+def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
+    """Which stage a run that waits for data is limited by, with numbers, and what to change; one line.
+
+    `row` is one of `metrics.jsonl`.
+    """
+    stages = {name: row.get(f"seconds/{name}") or 0.0 for name in _WORKER_STAGES}
+    work, step = sum(stages.values()), row.get("seconds/step") or 0.0
+    if not work or not step:
+        return f"{_more_workers(supply, wanted=None)}, or put the shards on a faster disk"
+    wait = row["data_wait"] * step
+    for name, (what, remedy, least) in _DEVICE_STAGES.items() if supply.gpu else ():
+        if (seconds := row.get(f"seconds/{name}") or 0.0) > max(wait, least * step):
+            return f"the limit is {what}, {1000 * seconds:.0f} ms of a step of {1000 * step:.0f} ms: {remedy}"
+    own = max(step - wait, 1e-3 * step)  # the step without its waiting
+    images = row["images_per_second"] * step
+    delivered, wanted = images * max(supply.num_workers, 1) / work, images / own
+    if supply.num_workers and delivered > _HEADROOM * wanted:
+        return (
+            f"the workers could deliver {delivered:.0f} images/s, the step wants {wanted:.0f}, so the limit is the way "
+            "from them to here: leave the training process a core of its own (lower data.num_workers where all "
+            f"{supply.cores} cores are busy), and look for other programs on this machine"
+        )
+    shares = ", ".join(f"{seconds / work:.0%} {_WORKER_STAGES[name]}" for name, seconds in _sorted(stages))
+    who = f"a worker spends {shares}: {supply.num_workers} a process deliver"
+    if not supply.num_workers:
+        who = f"the training process itself does the loading, {shares}: it delivers"
+    limit = _sorted(stages)[0][0]
+    return (
+        f"{who} {delivered:.0f} images/s, the step wants {wanted:.0f}: "
+        f"{_more_workers(supply, wanted=math.ceil(work / own), idle=supply.remote and limit == 'read')}, or "
+        f"{_relief(limit, supply)}"
+    )
+
+
+def _more_workers(supply: Supply, *, wanted: int | None, idle: bool = False) -> str:
+    """Advice on `data.num_workers`; `idle`: they wait for a network and do not need a core each."""
+    room = max(1, supply.cores // supply.processes - 1)  # the training process needs one
+    machine = f"{supply.cores} cores here, {supply.processes} process{'es' * (supply.processes > 1)}"
+    if wanted is None:
+        return f"raise data.num_workers (now {supply.num_workers}; {machine})"
+    if idle or wanted <= room:
+        return f"raise data.num_workers from {supply.num_workers} to {max(wanted, supply.num_workers + 1)} ({machine})"
+    if supply.num_workers < room:
+        return f"raise data.num_workers from {supply.num_workers} to {room} ({machine}; {wanted} would be needed)"
+    return f"use a machine with more cores for each process ({machine}; {wanted} workers a process would be needed)"
+
+
+def _relief(limit: str, supply: Supply) -> str:
+    """How the work of a stage becomes less."""
+    if limit == "read":
+        if supply.remote:
+            return "give whole shards room on a local disk (data.cache_size, data.cache_dir)"
+        return "put the shards on a faster disk or into the page cache"
+    if limit == "decode":
+        return "store smaller images (scaler convert --resize 256)"
+    if cut is cut_with_torch:
+        return "install with a C compiler: without it views are cut by a slower path"
+    return "cut fewer or smaller views"
+
+
+def _sorted(stages: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(stages.items(), key=lambda item: -item[1])
