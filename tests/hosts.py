@@ -15,7 +15,6 @@ processes and takes its network away; process 1 ends with the test's process, ho
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -28,9 +27,9 @@ from typing import Any
 
 import pytest
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+from tests.packages import PATH, install
+
 _PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh"}
-_INSTALL_SECONDS = 240
 
 _START_HOST = """
 set -e
@@ -137,7 +136,7 @@ def hosts(num_hosts: int = 2) -> Iterator[list[TestHost]]:
             _run([*_enter(switch, "net"), *command.split()])
         found = []
         for name, address in zip(names, addresses, strict=True):
-            start = ["sh", "-c", _START_HOST, "sh", str(folder), name, str(shutil.which("sshd", path=_PATH))]
+            start = ["sh", "-c", _START_HOST, "sh", str(folder), name, str(shutil.which("sshd", path=PATH))]
             init = stack.enter_context(_namespaces(["--net", "--uts"], start, folder / f"{name}.log"))
             cable = f"ip link add {name} type veth peer name eth0 netns {init}"
             for command in (cable, f"ip link set {name} master bridge", f"ip link set {name} up"):
@@ -168,31 +167,7 @@ def _unavailable() -> str | None:
         return "unshare, nsenter or setpriv of util-linux is missing"
     if (result := subprocess.run(probe, capture_output=True, text=True)).returncode != 0:
         return f"no namespaces here: {result.stderr.strip()}"
-    with (Path(tempfile.gettempdir()) / "hosts-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests have several workers, and apt-get serves one
-        return _install()
-
-
-def _install() -> str | None:
-    """Install the programs that are missing; why that cannot be, or None."""
-    missing = sorted(package for name, package in _PROGRAMS.items() if shutil.which(name, path=_PATH) is None)
-    wanted = f"apt-get install {' '.join(missing)}"
-    if not missing:
-        return None
-    if shutil.which("apt-get") is None:
-        return f"missing here: {', '.join(missing)}"
-    if Path("/run/systemd/system").exists():  # a real machine, on which openssh-server would open a port at once
-        return f"missing here: {', '.join(missing)}; {wanted}"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-    for command in (install, ["apt-get", "update"], install):  # a fresh image has no package lists, an old one old ones
-        try:
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_INSTALL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return f"`{' '.join(command)}` took more than {_INSTALL_SECONDS} s"
-        if result.returncode == 0 and command is install:
-            return None
-    return f"`{wanted}` failed: {(result.stderr.strip().splitlines() or ['without a word'])[-1]}"
+    return install(_PROGRAMS)
 
 
 def _write_etc(folder: Path, addresses: dict[str, str]) -> None:
@@ -227,7 +202,7 @@ def _namespaces(kinds: list[str], command: list[str], log: Path) -> Iterator[int
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**os.environ, "PATH": _PATH},
+            env={**os.environ, "PATH": PATH},
         )
     try:
         deadline = time.monotonic() + 30
@@ -260,5 +235,5 @@ def _wait_for_ssh(source: TestHost, target: TestHost, log: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": _PATH})
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": PATH})
     assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"

@@ -12,9 +12,7 @@ The daemons end with their hosts.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -25,10 +23,9 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import TestHost, hosts
+from tests.packages import PATH, install
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-_INSTALL_SECONDS = 240
+_PROGRAMS = {"munged": "munge"} | dict.fromkeys(("slurmctld", "slurmd", "sbatch"), "slurm-wlm")
 
 # cred_expire: a requeued job waits so many seconds until it starts again; less than 5 means 120, the default.
 _CONFIG = """
@@ -100,7 +97,7 @@ def slurm(num_hosts: int) -> Iterator[Cluster]:
     Skips the test, with the reason, where there can be no hosts, or Slurm is missing and cannot be had.
     """
     with hosts(num_hosts) as machines, tempfile.TemporaryDirectory(prefix="slurm-") as name:
-        if (reason := _unavailable()) is not None:
+        if (reason := install(_PROGRAMS)) is not None:
             pytest.skip(reason)
         folder = Path(name)
         config, key = folder / "slurm.conf", folder / "munge.key"
@@ -123,7 +120,7 @@ def slurm(num_hosts: int) -> Iterator[Cluster]:
 
 
 def _environment(config: Path) -> dict[str, str]:
-    return {**os.environ, "PATH": _PATH, "SLURM_CONF": str(config)}
+    return {**os.environ, "PATH": PATH, "SLURM_CONF": str(config)}
 
 
 def _start_munge(machine: TestHost, key: Path, options: dict[str, object]) -> None:
@@ -142,25 +139,3 @@ def _wait_until_idle(cluster: Cluster, num_nodes: int, folder: Path) -> None:
         logs = "\n".join(path.read_text() for path in folder.glob("*.log"))
         assert time.monotonic() < deadline, f"the cluster does not come up: {shown.stdout}{shown.stderr}{logs}"
         time.sleep(0.3)
-
-
-def _unavailable() -> str | None:
-    """Why there can be no Slurm here; it is installed where that does no harm."""
-    with (Path(tempfile.gettempdir()) / "slurm-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests have several workers, and apt-get serves one
-        if all(shutil.which(name, path=_PATH) for name in _PROGRAMS):
-            return None
-        if shutil.which("apt-get") is None or Path("/run/systemd/system").exists():  # which would start the daemons
-            return "Slurm is missing here: install slurm-wlm and munge"
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        for command in (install, ["apt-get", "update"], install):
-            try:
-                done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=_INSTALL_SECONDS
-                )
-            except subprocess.TimeoutExpired:
-                return f"`{' '.join(command)}` took more than {_INSTALL_SECONDS} s"
-            if done.returncode == 0 and command is install:
-                return None
-        return f"`{' '.join(install)}` failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}"
