@@ -78,7 +78,10 @@ class Nginx:
 
     def start(self) -> None:
         """Start it, or start it again with another `extra`, on the same port."""
-        text = _NGINX.format(work=self.work, address=self.address, port=self.port, folder=self.folder, extra=self.extra)
+        user = "user root;" if os.geteuid() == 0 else ""  # which may read pytest's folders
+        text = _NGINX.format(
+            user=user, work=self.work, address=self.address, port=self.port, folder=self.folder, extra=self.extra
+        )
         (self.work / "nginx.conf").write_text(text)
         program = shutil.which("nginx", path=PATH)
         self.process = subprocess.Popen(
