@@ -8,7 +8,6 @@ plain one-line ValueError; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import atexit
-import itertools
 import math
 import signal
 import time
@@ -102,26 +101,22 @@ class TrainingBatches(Dataset["Batch | Failure"]):
         self, id: int, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
     ) -> tuple[int, Entry, str | None]:
         """Fill `out` from sample `id`, or the next decodable one of its shard; (which, its entry, why not `id`)."""
-        candidate, reason, size = id, None, 1
-        for k in itertools.count(1):
+        shard, local = (int(part) for part in self.index.locate(id))
+        size, reason = int(self.index.shard_sizes[shard]), None
+        for k in range(size):
+            candidate = id - local + (local + k) % size
             entry = self.index.entry(candidate)
             data = _read(self.reader, entry, seconds)
             try:
                 decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
                 return candidate, entry, reason
             except DecodeError as error:
-                check_undamaged(self.index, entry, data)
+                _check_undamaged(self.index, entry, data)
                 reason = reason or str(error)
-            if k == 1:
-                shard, local = (int(part) for part in self.index.locate(id))
-                size = int(self.index.shard_sizes[shard])
-            if k == size:
-                raise ValueError(
-                    f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
-                    f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
-                )
-            candidate = id - local + (local + k) % size
-        raise AssertionError
+        raise ValueError(
+            f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
+            f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
+        )
 
 
 class EvaluationBatches(Dataset["Batch | Failure"]):
@@ -157,7 +152,7 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
                     )
                     weights[row] = 1.0
                 except DecodeError as error:
-                    check_undamaged(self.index, entry, data)
+                    _check_undamaged(self.index, entry, data)
                     images[row] = 0
                     rejected.append(describe(self.index, id, str(error)))
             except ValueError as error:
@@ -187,7 +182,7 @@ def _read(reader: SampleReader, entry: Entry, seconds: Seconds) -> bytes:
     return data
 
 
-def check_undamaged(index: ShardIndex, entry: Entry, data: bytes) -> None:
+def _check_undamaged(index: ShardIndex, entry: Entry, data: bytes) -> None:
     """`ValueError` naming the shard unless `data`, which cannot be decoded, are the bytes that were indexed: then the
     picture was never better."""
     if zlib.crc32(data) != entry.crc32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,35 @@ def test_a_truncated_shard_is_named(index: ShardIndex, tmp_path: Path, num_worke
     copy = copy_of(index, tmp_path)
     os.truncate(copy.shard_path(1), copy.shard_path(1).stat().st_size // 2)
     assert str(copy.shard_path(1)) in user_error(iter(make_loader(copy, num_workers=num_workers)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sample_that_was_damaged_after_indexing_is_no_bad_picture(
+    index: ShardIndex, tmp_path: Path, num_workers: int
+) -> None:
+    """It would be replaced by another one, and the run would train on other samples without a word."""
+    copy = copy_of(index, tmp_path)
+    entry = copy.entry(20)
+    with copy.shard_path(entry.shard).open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(bytes(entry.size))
+    for batches in (
+        iter(make_loader(copy, num_workers=num_workers)),
+        evaluation_batches(copy, view=CENTER, batch_size=8, num_workers=num_workers),
+    ):
+        message = user_error(batches)
+        assert str(copy.shard_path(entry.shard)) in message and "damaged" in message and repr(entry.key) in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_tell_what_their_workers_spent_and_lie_in_shared_memory(index: ShardIndex, num_workers: int) -> None:
+    began = time.perf_counter()
+    seconds = {"read": 0.0, "decode": 0.0, "resize": 0.0}
+    for batch in make_loader(index, num_workers=num_workers):
+        assert batch["seconds"].keys() == seconds.keys() and min(batch["seconds"].values()) > 0
+        seconds = {stage: spent + batch["seconds"][stage] for stage, spent in seconds.items()}
+        assert all(view.is_shared() == bool(num_workers) and view.is_contiguous() for view in batch["views"].values())
+    assert sum(seconds.values()) < max(1, num_workers) * (time.perf_counter() - began)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
