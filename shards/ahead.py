@@ -134,7 +134,7 @@ class Reader:
         self.folder = folder_at(job.index.path)
         self.needs = job.needs()
         self.next_need: ShardNeed | None = next(self.needs, None)
-        self.window: dict[int, tuple[int, int]] = {}  # shard → first image that needs it, first that does not
+        self.window: list[ShardNeed] = []
         self.holds: dict[int, Hold] = {}
         self.running: dict[Future[Hold], int] = {}
         self.not_before: dict[int, float] = {}  # shard → when to look for it again
@@ -157,29 +157,31 @@ class Reader:
 
     def move(self, position: int) -> None:
         """Let go of what is not needed any more, and take in what comes next, as far as share and distance allow."""
-        for shard, (_, past) in list(self.window.items()):
-            if past <= position and shard not in self.running.values():
-                del self.window[shard]
-                if (hold := self.holds.pop(shard, None)) is not None:
-                    hold.release()
-        while (need := self.next_need) is not None and self.has_room(need, position):
-            first, past = self.window.get(need.shard, (need.first, need.past))
-            self.window[need.shard] = first, max(past, need.past)
+        self.window = [need for need in self.window if need.past > position]
+        while self.next_need is not None and self.has_room(self.next_need, position):
+            self.window.append(self.next_need)
             self.next_need = next(self.needs, None)
+        for shard in self.holds.keys() - self.shards():
+            self.holds.pop(shard).release()
+
+    def shards(self) -> dict[int, None]:
+        """The shards of the window, in the order of need."""
+        return dict.fromkeys(need.shard for need in self.window)
 
     def has_room(self, need: ShardNeed, position: int) -> bool:
-        """Whether a shard may come into the window."""
-        if need.shard in self.window or not self.window:
-            return True
-        if need.first > position and sum(first > position for first, _ in self.window.values()) >= self.job.ahead:
+        """Whether the next need may come into the window."""
+        if sum(need.first > position for need in self.window) >= self.job.ahead:
             return False
-        taken = int(self.index.shard_bytes[[*self.window, need.shard]].sum())
-        return taken <= self.job.share and len(self.window) < _MAX_SHARDS
+        shards = self.shards()
+        if need.shard in shards or not shards:
+            return True
+        taken = int(self.index.shard_bytes[[*shards, need.shard]].sum())
+        return taken <= self.job.share and len(shards) < _MAX_SHARDS
 
     def fetch(self) -> None:
         """Hold what is there and start downloads of what is not, in the order of need."""
         now = time.monotonic()
-        for shard in self.window:
+        for shard in self.shards():
             if shard in self.holds or shard in self.running.values() or now < self.not_before.get(shard, 0.0):
                 continue
             name, record = self.index.shard_cache_name(shard), self.index.shard_record(shard)
