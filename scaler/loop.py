@@ -16,6 +16,7 @@ from scaler.collectives import Agreement, World
 from scaler.methods.base import Batch, Hyper, Method
 from scaler.metrics import MetricsLog, memory_gib
 from scaler.optimizers import set_hyper
+from scaler.prefetch import on_device
 from scaler.rejections import Rejections
 from scaler.signals import StopSignals
 from scaler.strategies import Strategy
@@ -74,7 +75,7 @@ def train(
         NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
         ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
-    meter, agreement = Throughput(), Agreement(world, count=3)
+    batches, meter, agreement = on_device(loader, device), Throughput(), Agreement(world, count=3)
     began, nonfinite, stop, saved_at, last_save = progress.step, 0, 0, progress.step, time.monotonic()
 
     def save() -> None:
@@ -94,7 +95,7 @@ def train(
             # Data: this rank's micro-batches of the global batch, augmented on the device.
             watch.beat("data", step=step + 1)
             with meter.waiting():
-                raw = list(itertools.islice(loader, plan.num_micro_batches))
+                raw = list(itertools.islice(batches, plan.num_micro_batches))
             rejections.add(step + 1, raw)
             for batch in raw:
                 meter.add_stages(batch)
@@ -102,7 +103,7 @@ def train(
             @functools.lru_cache(maxsize=1)  # one micro-batch of floats at a time; a single one is kept
             def prepare(i: int, raw: list[Batch] = raw, step: int = step) -> Batch:
                 with meter.stage("augment", device):
-                    return method.augment(to_device(raw[i], device), seed=plan.seed, step=step)
+                    return method.augment(raw[i], seed=plan.seed, step=step)
 
             # Targets that depend on the whole global batch.
             targets: list[Any] = [None] * len(raw)
@@ -196,11 +197,6 @@ class NonFinite(ValueError):
 def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
     """The loss, with gradients that are not finite either where it is not, so that no rank takes the step."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its pixels on the device; indices and labels stay on the CPU, where they are checked and used."""
-    return {**batch, "views": {name: view.to(device, non_blocking=True) for name, view in batch["views"].items()}}
 
 
 def reseed(seed: int, step: int, rank: int, micro_batch: int) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import World
-from scaler.loop import reseed, to_device
+from scaler.loop import reseed
 from scaler.methods.base import Batch, Method
 from scaler.optimizers import build_optimizer, set_hyper
 from scaler.recipe import Recipe, load_recipe
@@ -117,7 +117,8 @@ def _measure(
     )
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
     checkpointer = Checkpointer(Path(), world=world, keep_last=1, folder=place)
-    stepper = Stepper(recipe, method, strategy, world=world, device=device, batch=noise(method, size, world=world))
+    batch_of_noise = noise(method, size, world=world, device=device)
+    stepper = Stepper(recipe, method, strategy, world=world, device=device, batch=batch_of_noise)
     warm = [stepper.step() for _ in range(_WARM_UP + _TIMED)][_WARM_UP:]
     count = world.broadcast_object(max(1, round(60 * minutes / statistics.median(warm))))
     stepper.window(1, checkpointer)  # the first save makes the buffers
@@ -197,7 +198,7 @@ class Stepper:
         start = time.perf_counter()
         hyper = hyper_at(self.recipe, self.method, self.number, steps=self.steps)
         set_hyper(self.strategy.optimizer, hyper)
-        batch = self.method.augment(to_device(self.batch, self.device), seed=0, step=self.number)
+        batch = self.method.augment(self.batch, seed=0, step=self.number)
         target = None
         if self.method.observes(1):
             reseed(0, self.number, self.world.rank, 0)
@@ -237,14 +238,14 @@ class Stepper:
             torch.cuda.synchronize(self.device)
 
 
-def noise(method: Method, size: int, *, world: World) -> Batch:
-    """What the loader would give this rank, of random pixels."""
+def noise(method: Method, size: int, *, world: World, device: torch.device) -> Batch:
+    """What the loader would give this rank, of random pixels that lie on the device."""
     generator = torch.Generator().manual_seed(world.rank)
     ids = torch.arange(world.rank * size, (world.rank + 1) * size)
     views = {
         view.name: torch.randint(
             0, 256, (view.count, size, 3, view.size, view.size), dtype=torch.uint8, generator=generator
-        )
+        ).to(device)
         for view in method.views
     }
     return {
