@@ -73,6 +73,7 @@ def build_index(
         label="indexing" if progress else None,
         total=sum(sizes.values()),
         amount=lambda result: result.num_bytes,
+        in_bytes=True,
     )
     if damaged := [result for result in results if isinstance(result, _Damaged)]:
         more = f" (and {len(damaged) - _NAMED} more)" if len(damaged) > _NAMED else ""

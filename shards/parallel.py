@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.progress import Task as Bar
 from rich.text import Text
@@ -48,19 +50,21 @@ def map_processes(
     label: str | None,
     total: int,
     amount: Callable[[Result], int],
+    in_bytes: bool = False,
 ) -> list[Result]:
     """`[function(task) for task in tasks]` on `workers` processes (1: in this one), under a progress bar.
 
     The function reaches the workers once (where processes fork, without being pickled), so it may hold much; tasks
     should be small. There are `num_tasks` of them, taken from the iterable when their turn comes. The bar (on standard
-    error) is called `label`, None for no bar; each result moves it by `amount(result)` towards `total`. The first
-    exception ends it all: tasks that have not begun are dropped, those under way finish, then it is raised. Raises
-    `ValueError` when `workers` is below 1 and when a worker was killed (for example for memory).
+    error) is called `label`, None for no bar; each result moves it by `amount(result)` towards `total`, which are
+    shown as sizes when `in_bytes`. The first exception ends it all: tasks that have not begun are dropped, those under
+    way finish, then it is raised. Raises `ValueError` when `workers` is below 1 and when a worker was killed (for
+    example for memory).
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least 1 is needed")
     if workers == 1 or num_tasks < 2:
-        with _progress_bar(label, total=total) as advance:
+        with _progress_bar(label, total=total, in_bytes=in_bytes) as advance:
             results = []
             for task in tasks:
                 results.append(function(task))
@@ -76,7 +80,7 @@ def map_processes(
         waiting = enumerate(tasks)
         running = {pool.submit(_call, task): number for number, task in islice(waiting, 2 * workers)}
         done: dict[int, Result] = {}
-        with _progress_bar(label, total=total) as advance:
+        with _progress_bar(label, total=total, in_bytes=in_bytes) as advance:
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     number = running.pop(future)
@@ -119,11 +123,12 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _progress_bar(label: str | None, *, total: int) -> Iterator[Callable[[int], None]]:
+def _progress_bar(label: str | None, *, total: int, in_bytes: bool) -> Iterator[Callable[[int], None]]:
     if label is None:
         yield lambda amount: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), _Rate())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda amount: bar.advance(task, amount)

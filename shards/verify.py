@@ -77,6 +77,7 @@ def verify(
         label="verifying" if progress else None,
         total=sum(size or 0 for size in sizes.values()),
         amount=lambda report: report.num_bytes,
+        in_bytes=True,
     )
     return sorted([*reports, *_strangers(index, listed)], key=lambda report: report.name)
 
