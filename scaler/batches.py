@@ -60,7 +60,7 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
     if step < 1:
         raise ValueError(f"step {step}: steps count from 1, as in metrics.jsonl")
     recipe = load_run_recipe(run_dir)
-    index = ShardIndex.load(recipe.data.shards)
+    index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
     for checkpoint in run_checkpoints(run_dir)[:1]:
         fingerprint = read_manifest(checkpoint)["fingerprint"]
         if fingerprint != index.fingerprint:
@@ -102,6 +102,7 @@ def contact_sheet(run_batch: RunBatch, *, limit: int = 64) -> Image.Image:
         start=run_batch.first_image,
         stop=run_batch.first_image + size,
         max_pixels=recipe.data.max_pixels,
+        read_ahead=False,
     )
     keys = run_batch.keys()
     pictures = []  # per sample, its views as arrays [size, size, 3]

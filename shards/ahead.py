@@ -65,14 +65,14 @@ class Job:
 
 @contextlib.contextmanager
 def reading_ahead(
-    index: ShardIndex, needs: Callable[[], Iterator[ShardNeed]], *, start: int, share: int, ahead: int
+    index: ShardIndex | None, needs: Callable[[], Iterator[ShardNeed]], *, start: int, share: int, ahead: int
 ) -> Iterator[Callable[[int], None]]:
-    """Fetch shards of `index` while the block runs; nothing to do for a local one.
+    """Fetch shards of `index` while the block runs; nothing to do for a local one, or for none.
 
     Gives a function to be told the image that the training has come to; it raises ValueError, naming the shard, when
     one is missing or damaged.
     """
-    if index.cache is None:
+    if index is None or index.cache is None:
         yield lambda image: None
         return
     with tempfile.TemporaryFile() as position, tempfile.TemporaryFile() as message:

@@ -42,6 +42,7 @@ class ShardLoader:
     Args:
         num_workers: loader processes; 0 does the work in this one. `prefetch` micro-batches are kept ready by each.
         ranks_per_node: that share the cache of remote shards; each gets its part of the bound.
+        read_ahead: fetch whole remote shards before they are needed; without it only what is read is fetched.
         multiprocessing_context: how workers start: fork, spawn or forkserver (None: the system's default).
 
     Raises:
@@ -66,6 +67,7 @@ class ShardLoader:
         stop: int | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         prefetch: int = 2,
+        read_ahead: bool = True,
         multiprocessing_context: str | None = None,
     ) -> None:
         if order.num_samples != index.num_samples:
@@ -80,7 +82,7 @@ class ShardLoader:
         )
         self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
-        self.index, self.ranks_per_node = index, ranks_per_node
+        self.index, self.ranks_per_node, self.read_ahead = index, ranks_per_node, read_ahead
         self._run = partial(
             run_workers,
             TrainingBatches(index, views=views, seed=seed, max_pixels=max_pixels),
@@ -91,9 +93,10 @@ class ShardLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         lanes = rank_lanes(self.order, self.global_batch_size, rank=self.rank, world_size=self.world_size)
-        needs = partial(self.order.shard_needs, self.start, lanes=lanes)
-        share = _share(self.index, self.ranks_per_node)
-        with reading_ahead(self.index, needs, start=self.start, share=share, ahead=2 * len(lanes)) as advance:
+        needs = partial(self.order.shard_needs, self.start, stop=self.stop, lanes=lanes)
+        share, ahead = _share(self.index, self.ranks_per_node), 2 * len(lanes)
+        index = self.index if self.read_ahead else None
+        with reading_ahead(index, needs, start=self.start, share=share, ahead=ahead) as advance:
             for batch in self._run(self._requests()):
                 advance(batch["image_number"])
                 yield batch

@@ -106,10 +106,9 @@ class SampleOrder:
             ids[here] = self._ids(epoch, images[here], lane[here])
         return GlobalBatch(ids=ids, epochs=epochs, images=images)
 
-    def shard_needs(self, start: int, *, lanes: range) -> Iterator[ShardNeed]:
-        """The shards that these lanes read from image `start` on, by the image that may be the first to need them.
-
-        Endless. A shard that two lanes or epochs read comes as often.
+    def shard_needs(self, start: int, *, stop: int | None, lanes: range) -> Iterator[ShardNeed]:
+        """The shards that these lanes read for images `start … stop - 1` (`stop` None: endless), by the image that may
+        be the first to need them. A shard that two lanes or epochs read comes as often.
         """
         window = self.shuffle_window
         for epoch in itertools.count(start // self.num_samples):
@@ -133,6 +132,8 @@ class SampleOrder:
                 tables.append(rows[(sizes > 0) & (count > 0)])
             table = np.concatenate(tables)
             for row in table[np.argsort(table[:, 0], kind="stable")].tolist():
+                if stop is not None and row[0] >= stop:
+                    return
                 if row[1] > start:
                     yield ShardNeed(*row)
 

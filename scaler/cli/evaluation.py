@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +15,8 @@ evals = group("Measure what a checkpoint has learned.")
 @evals.command(epilog="Example: scaler eval knn runs/first --train shards/train --val shards/val")
 def knn(
     checkpoint: Annotated[str, typer.Argument(help="A run (its newest checkpoint) or one checkpoint; a path or URL.")],
-    train_shards: Annotated[Path, typer.Option("--train", help="Labelled shards that hold the neighbours.")],
-    val_shards: Annotated[Path, typer.Option("--val", help="Labelled shards to classify.")],
+    train_shards: Annotated[str, typer.Option("--train", help="Labelled shards (path or URL): the neighbours.")],
+    val_shards: Annotated[str, typer.Option("--val", help="Labelled shards (path or URL) to classify.")],
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
     temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.07,
     random_init: Annotated[bool, typer.Option("--random-init", help="The recipe's model before training.")] = False,
