@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from scaler.cli.common import Json, group, print_table
 
@@ -55,3 +58,61 @@ def bench_checkpoint(
         print(json.dumps(result))
         return
     print_table(as_rows(result))
+
+
+@benchmarks.command("loader", epilog="Example: scaler bench loader shards/train --views dinov2")
+def bench_loader(
+    source: Annotated[
+        str | None, typer.Argument(help="A folder of images, or shards (folder or URL).", show_default="a made set")
+    ] = None,
+    views: Annotated[str, typer.Option(help="simclr, dinov2, or a recipe.")] = "simclr",
+    parts: Annotated[str, typer.Option(help="Of everything, worker, colours, decode, raw.", show_default="all")] = "",
+    peers: Annotated[
+        str, typer.Option(help="none, or of webdataset, litdata, mosaicml-streaming, dali.", show_default="all")
+    ] = "",
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of each loader in a round.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each loader's turn.")] = 5,
+    images: Annotated[int, typer.Option(min=1, help="So many of the source's, or so many are made.")] = 1000,
+    appetite: Annotated[
+        float, typer.Option(min=1, help="Images per second of one GPU; 250: an H200 with DINOv2's ViT-L.")
+    ] = 250.0,
+    as_json: Json = False,
+) -> None:
+    """Images per second through our loader and through others, interleaved on one core.
+
+    Rates are per second of processor time of the whole process, so that they can be multiplied by the cores.
+    """
+    from scaler.bench.loader import PARTS, as_lines, as_table, measure
+    from scaler.bench.peers import PEERS
+
+    result = measure(
+        source,
+        views=views,
+        parts=parts.split(",") if parts else PARTS,
+        peers=[] if peers == "none" else peers.split(",") if peers else tuple(PEERS),
+        seconds=seconds,
+        rounds=rounds,
+        images=images,
+        appetite=appetite,
+        say=_say,
+    )
+    _show(result, as_json, as_table, as_lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(
+    result: dict[str, Any],
+    as_json: bool,
+    as_table: Callable[[dict[str, Any]], Table],
+    as_lines: Callable[[dict[str, Any]], Iterator[str]],
+) -> None:
+    """One JSON object, or a table and what it means in words."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    Console().print(as_table(result))
+    for line in as_lines(result):
+        print(line)
