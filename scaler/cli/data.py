@@ -15,38 +15,70 @@ data = typer.Typer()
 _SHOWN = 20  # rejected files that are listed without --json
 
 
-@data.command(epilog="Example: scaler convert photos/train shards/train --shard-size 256MB")
+@data.command(epilog="Example: scaler convert photos s3://bucket/photos --val-fraction 0.1 --resize 512")
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of images, or of class folders.")],
-    destination: Annotated[Path, typer.Argument(help="Folder for the shards and their index.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images or class folders; or shards: a .tar, a folder or URL of them, {0..9}.tar."
+        ),
+    ],
+    destination: Annotated[str, typer.Argument(help="Folder or URL (s3://…) for the shards and their index.")],
+    from_list: Annotated[
+        Path | None,
+        typer.Option(help="CSV or Parquet file with columns path (below SOURCE) and label (number or class name)."),
+    ] = None,
     name: Annotated[str, typer.Option(help="Shards are called NAME-000000.tar, …")] = "shard",
-    shard_size: Annotated[str, typer.Option(help="Bytes of a shard, as 256MB or 1GiB.")] = "256MB",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(help="Bytes of a shard, as 256MB or 1GiB.", show_default="256MB; small sets in 8 shards"),
+    ] = None,
     workers: Workers = None,
-    seed: Annotated[int, typer.Option(help="Of the order in which files go into shards.")] = 0,
-    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Or in the order of paths.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the order of files in the shards, and of --val-fraction.")] = 0,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Or in the order of the source.")] = True,
     labels: Annotated[
         bool | None,
         typer.Option("--labels/--no-labels", help="Folders are classes, or not.", show_default="as it looks"),
     ] = None,
-    json_member: Annotated[bool, typer.Option("--json-member", help="Add path, width and height as KEY.json.")] = False,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(help="Part of each class that goes to DESTINATION/val, the others to DESTINATION/train."),
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PX",
+            help="Reduce images of a longer short side to this one: they become upright JPEGs without transparency or "
+            "colour profile (as training sees them); smaller ones keep their bytes.",
+        ),
+    ] = None,
+    quality: Annotated[int | None, typer.Option(help="Of the JPEGs of --resize.", show_default="90")] = None,
+    json_member: Annotated[
+        bool, typer.Option("--json-member", help="Add path, width and height (and a source shard's own) as KEY.json.")
+    ] = False,
     decode_check: Annotated[bool, typer.Option("--decode-check", help="Decode every image whole (slow).")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a folder of images as WebDataset shards; interrupted and repeated, it goes on.
+    """Write images as WebDataset shards, shuffled; interrupted and repeated, it goes on.
 
-    Bytes are kept as they are. Files that are no readable image are listed with the reason, and the exit code is 1.
+    Bytes are kept as they are, unless --resize is given. Files that are no readable image are listed with the reason,
+    and the exit code is 1.
     """
-    from shards.convert import convert as convert_folder
+    from shards.convert import convert as convert_images
 
-    report = convert_folder(
+    report = convert_images(
         source,
         destination,
+        from_list=from_list,
         name=name,
         shard_size=shard_size,
         workers=workers,
         seed=seed,
         shuffle=shuffle,
         labels=labels,
+        val_fraction=val_fraction,
+        resize=resize,
+        quality=quality,
         json_member=json_member,
         decode_check=decode_check,
         progress=not as_json,
@@ -58,6 +90,7 @@ def convert(
         print(
             f"{report.num_samples} images of {len(report.class_names)} classes in {report.num_shards} shards "
             f"({report.num_bytes / 1e6:.1f} MB) in {destination}"
+            + (f" ({', '.join(f'{part}: {n}' for part, n in report.splits.items())})" if report.splits else "")
             + (f"; {report.num_skipped_finished} shards were there already" if report.num_skipped_finished else "")
             + (f"; {len(ignored)} files that are no images were left out" if ignored else "")
         )
