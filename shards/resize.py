@@ -8,11 +8,13 @@ there is. Filters, borders and rounding are those of Pillow's `resize(reducing_g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional as F
 
 try:
@@ -21,6 +23,7 @@ except ImportError:  # installed without a compiler
     _kernel = None
 
 Pixels = NDArray[np.uint8]
+_PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Cut(NamedTuple):
@@ -52,15 +55,20 @@ def cut_with_kernel(out: Pixels, picture: Pixels, cuts: Sequence[Cut], *, interp
 
 
 def cut_with_torch(out: Pixels, picture: Pixels, cuts: Sequence[Cut], *, interpolation: str) -> None:
-    """`cut_with_kernel` by torch's antialiased resize, which is fastest on a channels-last view of the picture;
-    boxes are rounded to whole pixels."""
+    """The same by torch's antialiased resize, which is fastest on a channels-last view of the picture, and by Pillow's
+    for boxes that begin or end within a pixel, of which torch knows nothing."""
     pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]  # [1, 3, h, w]
     size = out.shape[-1]
     for target, c in zip(torch.from_numpy(out), cuts, strict=True):
-        rows = slice(round(c.top), max(round(c.top) + 1, round(c.top + c.height)))
-        columns = slice(round(c.left), max(round(c.left) + 1, round(c.left + c.width)))
-        box = pixels[..., rows, columns]
-        image = F.interpolate(box, (c.resized_height, c.resized_width), mode=interpolation, antialias=True)[0]
+        top, left, bottom, right = int(c.top), int(c.left), ceil(c.top + c.height), ceil(c.left + c.width)
+        if (bottom - top, right - left) == (c.height, c.width):
+            part = pixels[..., top:bottom, left:right]
+            image = F.interpolate(part, (c.resized_height, c.resized_width), mode=interpolation, antialias=True)[0]
+        else:
+            whole = Image.fromarray(picture[top:bottom, left:right])
+            box = (c.left - left, c.top - top, c.left - left + c.width, c.top - top + c.height)
+            resized = whole.resize((c.resized_width, c.resized_height), _PILLOW[interpolation], box=box)
+            image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         image = image[:, c.offset_y : c.offset_y + size, c.offset_x : c.offset_x + size]
         target.copy_(image.flip(2) if c.flip else image)
 

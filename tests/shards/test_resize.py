@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,8 @@ from tests.images import make_pixels
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 needs_kernel = pytest.mark.skipif(resize._kernel is None, reason="installed without a compiler: there is no kernel")
+
+PATHS = [resize.cut_with_torch] if resize._kernel is None else [resize.cut_with_kernel, resize.cut_with_torch]
 
 
 @st.composite
@@ -65,6 +69,21 @@ def test_kernel_equals_pillow_and_torch(case: tuple[Pixels, list[Cut], int, str]
     assert mean <= 0.5 and largest <= (1 if interpolation == "bilinear" else 12)
 
 
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(a_case(), st.tuples(*[st.floats(0, 0.45)] * 4))
+def test_boxes_within_pixels_are_cut_alike(case: tuple[Pixels, list[Cut], int, str], shrink: tuple[float, ...]) -> None:
+    """By the kernel and by Pillow, which cuts the same part out of the same whole pixels."""
+    picture, cuts, size, interpolation = case
+    a, b, c, d = shrink
+    cuts = [x._replace(top=x.top + a, left=x.left + b, height=x.height - a - c, width=x.width - b - d) for x in cuts]
+    kernel, library = np.zeros((2, len(cuts), 3, size, size), dtype=np.uint8)
+    resize.cut_with_kernel(kernel, picture, cuts, interpolation=interpolation)
+    resize.cut_with_torch(library, picture, cuts, interpolation=interpolation)
+    mean, largest = error(kernel, library)
+    assert mean <= 0.5 and largest <= (1 if interpolation == "bilinear" else 12)
+
+
 @settings(max_examples=30, deadline=None)
 @given(a_case())
 def test_torch_equals_pillow(case: tuple[Pixels, list[Cut], int, str]) -> None:
@@ -98,13 +117,13 @@ def test_an_even_picture_stays_as_it_is(length: int, size: int, interpolation: s
         assert (out == value).all()
 
 
-@needs_kernel
-def test_a_box_within_pixels_is_where_it_says() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_box_within_pixels_is_where_it_says(path: Callable[..., None]) -> None:
     """On a ramp of 4 levels a pixel the middle of the box decides the mean, a quarter of a pixel too."""
     ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
     for start in (20.0, 20.25, 20.5, 20.75, 21.0):
         out = np.zeros((1, 3, 8, 8), dtype=np.uint8)
-        resize.cut_with_kernel(out, ramp, [Cut(10, start, 24, 24, 8, 8)], interpolation="bilinear")
+        path(out, ramp, [Cut(10, start, 24, 24, 8, 8)], interpolation="bilinear")
         assert abs(out.mean() - 4 * (start + 11.5)) < 0.6
 
 
