@@ -63,7 +63,7 @@ class TrainingBatches(Dataset["Batch | Failure"]):
 
     def __getitem__(self, request: Request) -> Batch | Failure:
         size, seconds = len(request.ids), Seconds()
-        views = {v.name: _new_pixels((v.count, size, 3, v.size, v.size)) for v in self.views}
+        views = {v.name: new_pixels((v.count, size, 3, v.size, v.size)) for v in self.views}
         arrays = [views[view.name].numpy() for view in self.views]
         draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
         labels = torch.empty(size, dtype=torch.int64)
@@ -127,7 +127,7 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
         self.reader = SampleReader(index)
 
     def __getitem__(self, ids: Ints) -> Batch | Failure:
-        images, seconds = _new_pixels((len(ids), 3, self.view.size, self.view.size)), Seconds()
+        images, seconds = new_pixels((len(ids), 3, self.view.size, self.view.size)), Seconds()
         array = images.numpy()
         labels = torch.full((len(ids),), -1, dtype=torch.int64)
         weights = torch.zeros(len(ids))
@@ -167,7 +167,7 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
         }
 
 
-def _new_pixels(shape: tuple[int, ...]) -> Tensor:
+def new_pixels(shape: tuple[int, ...]) -> Tensor:
     """uint8, not initialised; in a worker process in memory that the main process gets without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
