@@ -26,9 +26,10 @@ from shards.places import Location, folder_at
 from shards.storage import atomic_file, write_all
 from shards.tar import BLOCK, END, padded, ustar_header
 
-_BUFFER_BYTES = 2 << 20
+_BUFFER_BYTES = 1 << 20
 _ALIGNMENT = 4096  # of addresses, positions and lengths, for writes past the page cache
 _NUM_BUFFERS = 3  # one being filled, one being written, one waiting
+_idle: list[memoryview] = []  # buffers of archives that are done: the system takes long to give memory
 
 # Where a ustar header has what changes from member to member.
 _NAME, _SIZE, _SUM, _FOLDER = slice(0, 100), slice(124, 135), slice(148, 154), slice(345, 345 + PREFIX_BYTES)
@@ -42,7 +43,7 @@ class Archive:
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._full: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
         for _ in range(_NUM_BUFFERS):
-            self._free.put(memoryview(mmap.mmap(-1, _BUFFER_BYTES)))
+            self._free.put(_idle.pop() if _idle else _new_buffer(_BUFFER_BYTES))
         self._buffer = self._free.get()
         self._start = 0  # position in the archive at which the buffer begins
         self._end = 0  # bytes of the buffer in use
@@ -87,8 +88,11 @@ class Archive:
 
     def close(self) -> None:
         """Wait for what has been handed to the thread, and end it."""
-        self._full.put(None)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._full.put(None)
+            self._thread.join()
+            while not self._free.empty():
+                _idle.append(self._free.get())
 
     def _flush(self, wanted: int) -> None:
         """Hand over whole blocks; the rest moves to the next buffer, of which at least `wanted` bytes are free."""
@@ -97,7 +101,7 @@ class Archive:
         rest = self._end - whole
         following = self._free.get()
         if rest + wanted > len(following):
-            following = memoryview(mmap.mmap(-1, rest + wanted + _ALIGNMENT))
+            following = _new_buffer(rest + wanted + _ALIGNMENT)
         following[:rest] = self._buffer[whole : self._end]
         self._full.put((self._buffer, whole))
         self._buffer, self._start, self._end, self._hashed = following, self._start + whole, rest, rest
@@ -113,8 +117,13 @@ class Archive:
             except BaseException as error:
                 self._error = error  # raised where the archive is filled
             if len(buffer) > _BUFFER_BYTES:  # made for one large image
-                buffer = memoryview(mmap.mmap(-1, _BUFFER_BYTES))
+                buffer = _new_buffer(_BUFFER_BYTES)
             self._free.put(buffer)
+
+
+def _new_buffer(num_bytes: int) -> memoryview:
+    """Memory that begins at a page; private, since forked workers inherit the idle buffers."""
+    return memoryview(mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 @contextlib.contextmanager

@@ -15,29 +15,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shards.destination import Destination, WrittenShard
 from shards.filelist import scan_list
 from shards.folder import scan_folder
 from shards.image_header import DEFAULT_MAX_PIXELS
 from shards.index import ShardIndex, ShardRecord
-from shards.keys import KeyMaker
+from shards.layout import Plan
 from shards.offsets import Skipped
 from shards.parallel import default_workers, map_processes
 from shards.places import Location, locate
-from shards.random import keyed_permutation
 from shards.samples import find_shards, scan_shards
 from shards.sources import Source
 from shards.storage import parse_size
-from shards.writer import Options, sample_bytes, write_shard
+from shards.writer import Options
 
-DEFAULT_SHARD_SIZE = 256_000_000
 DEFAULT_QUALITY = 90
-_FEW_SHARDS = 8  # that a small set has at least, so that as many processes can share the work,
-_SMALL_SHARD = 16_000_000  # as long as this many bytes are left to each
-_MAX_SHARDS = 1_000_000  # six digits in the name
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,7 @@ def convert(
         **asdict(options),
     }
     with target.only_writer():
-        _check_state(source, target, options=state, digest=found.digest)
+        _check_state(source, target, options=state, digest=found.digest, plan=plan.digest)
         shards = target.finished(plan.names)
         missing = [number for number, shard in enumerate(plan.names) if shard not in shards]
         if missing and (resize or decode_check):
@@ -158,92 +150,6 @@ def convert(
         rejected=sorted([*found.rejected, *(pair for shard in done for pair in shard.skipped)]),
         ignored=found.ignored,
     )
-
-
-class Plan:
-    """Which images go to which shard, under which keys: a pure function of the source and the options.
-
-    Attributes:
-        splits: the folders below the destination that have shards and an index ("" for itself).
-        names: of all shards, below the destination.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        place: Location,
-        options: Options,
-        *,
-        name: str,
-        shard_size: int | None,
-        seed: int,
-        shuffle: bool,
-        val_fraction: float | None,
-    ) -> None:
-        self._source, self._place, self._options = source, place, options
-        make_key = KeyMaker()
-        self._keys = [make_key(path) for path in source.names]
-        size = len(source.paths)
-        order = keyed_permutation(size, "convert", seed) if shuffle else np.arange(size)
-        self.splits = {"": order}
-        if val_fraction is not None:
-            chosen = _chosen_for_val(source.labels, val_fraction, seed=seed)
-            self.splits = {"train": order[~chosen[order]], "val": order[chosen[order]]}
-        self.names: list[str] = []
-        self._images: list[NDArray[np.int64]] = []
-        for part, images in self.splits.items():
-            cuts = _cuts(source, images, shard_size=shard_size, json_member=options.json_member)
-            self._images += np.split(images, cuts)
-            prefix = f"{part}/{name}" if part else name
-            self.names += [f"{prefix}-{number:06d}.tar" for number in range(len(cuts) + 1)]
-
-    def num_images(self, number: int) -> int:
-        """The images of shard `number`, before any is rejected."""
-        return len(self._images[number])
-
-    def write(self, number: int) -> WrittenShard:
-        """Write shard `number`."""
-        name, place = self.names[number], self._place
-        for part in name.split("/"):
-            place = place / part
-        return write_shard(
-            name, place, source=self._source, numbers=self._images[number], keys=self._keys, options=self._options
-        )
-
-
-def _cuts(source: Source, images: NDArray[np.int64], *, shard_size: int | None, json_member: bool) -> NDArray[np.int64]:
-    """Where images (int64 [n]) are cut into equal parts of at most `shard_size` bytes: int64 [shards - 1]."""
-    weights = sample_bytes(source.sizes[images].clip(0), label=bool(source.class_names), json_member=json_member)
-    ends = np.cumsum(weights)
-    total = int(ends[-1])
-    num_shards = -(-total // (shard_size or DEFAULT_SHARD_SIZE))
-    if shard_size is None:
-        num_shards = max(num_shards, min(_FEW_SHARDS, total // _SMALL_SHARD))
-    # A file goes to the part in which it begins.
-    starts = np.unique((ends - weights) // -(-total // num_shards), return_index=True)[1]
-    if len(starts) > _MAX_SHARDS:
-        raise ValueError(
-            f"{len(starts)} shards of {shard_size} bytes would be needed, at most {_MAX_SHARDS} are possible; "
-            "choose a larger shard_size"
-        )
-    return starts[1:]
-
-
-def _chosen_for_val(labels: NDArray[np.int64], fraction: float, *, seed: int) -> NDArray[np.bool_]:
-    """Which of the n images (bool [n]) are for validation: round(fraction · n), and of each class its part, ± 1.
-
-    The images are laid out class by class, each class in an order drawn by the seed, and every 1/fraction-th is taken.
-    """
-    size = len(labels)
-    count = round(fraction * size)
-    if not 0 < count < size:
-        raise ValueError(f"val_fraction {fraction} of {size} images is {count}; both parts need at least one image")
-    order = keyed_permutation(size, "val", seed)
-    order = order[np.argsort(labels[order], kind="stable")]
-    steps = np.arange(size + 1) * count // size
-    chosen = np.zeros(size, dtype=np.bool_)
-    chosen[order[steps[1:] > steps[:-1]]] = True
-    return chosen
 
 
 def _check(
@@ -315,9 +221,9 @@ def _finish(
     return indices
 
 
-def _check_state(source: str | Path, target: Destination, *, options: dict[str, Any], digest: str) -> None:
+def _check_state(source: str | Path, target: Destination, *, options: dict[str, Any], digest: str, plan: str) -> None:
     """Continue only what was begun with the same files and options; otherwise say what differs and what to do."""
-    state = {"format": 2, "options": options, "source": digest}
+    state = {"format": 2, "options": options, "source": digest, "plan": plan}
     found, place = target.read_state(), target.location
     if found is None:
         if target.holds_shards():
@@ -332,6 +238,11 @@ def _check_state(source: str | Path, target: Destination, *, options: dict[str, 
         raise ValueError(
             f"{place} was begun with other options ({', '.join(changes)}); give the same ones to continue, or delete "
             "it (or choose another folder) to convert anew"
+        )
+    if isinstance(found, dict) and found.get("source") == digest:
+        raise ValueError(
+            f"{place} was begun with another version of scaler or Pillow; delete it (or choose another folder) to "
+            "convert anew"
         )
     raise ValueError(
         f"files in {source} have been added, removed or changed since {place} was begun; delete it (or choose another "

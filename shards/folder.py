@@ -111,7 +111,9 @@ def _walk(source: Path) -> _Found:
                     name = entry.name
                     if _is_folder(entry):
                         waiting.append((prefix + name, above | {here}))
-                    elif name[name.rfind(".") + 1 :].lower() in IMAGE_EXTENSIONS and image_extension(name):
+                    elif name[name.rfind(".") + 1 :].lower() in IMAGE_EXTENSIONS and (
+                        name[0] != "." or image_extension(name)  # `.jpg` is a name without an ending
+                    ):
                         size, time = _size_and_time(entry)
                         found.images.append(prefix + name)
                         found.sizes.append(size)

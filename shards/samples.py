@@ -215,8 +215,9 @@ def scan_shards(
     tasks: list[tuple[Location, str, int]] = []
     names: dict[tuple[str, ...], Location] = {}
     for place, chosen in shards.items():
-        known = _index(place)
-        tasks += [(place, name, size) for name, size in tar_sizes(folder_at(place), chosen).items()]
+        known, folder = _index(place), folder_at(place)
+        sizes = tar_sizes(folder) if chosen is None else {name: _size(folder, name) for name in chosen}
+        tasks += [(place, name, size) for name, size in sizes.items()]
         names[tuple(known.class_names) if known is not None else ()] = place
     found = map_processes(
         partial(_scan, json_members=json_members),
@@ -224,8 +225,8 @@ def scan_shards(
         num_tasks=len(tasks),
         workers=workers,
         label="listing" if progress else None,
-        total=sum(size for _, _, size in tasks),
-        amount=lambda shard: shard.num_bytes,
+        total=len(tasks),
+        amount=lambda _: 1,
     )
     samples = [sample for shard in found for sample in shard.samples]
     skipped = sorted(pair for shard in found for pair in shard.skipped)
@@ -257,7 +258,6 @@ def scan_shards(
 
 @dataclass(frozen=True)
 class _Scanned:
-    num_bytes: int
     samples: list[Sample]
     skipped: list[Skipped]
     json: list[tuple[int, int]]  # offset and size; empty where nobody asked
@@ -274,10 +274,17 @@ def _scan(shard: tuple[Location, str, int], *, json_members: bool) -> _Scanned:
     else:
         samples, skipped = known
     if not json_members:
-        return _Scanned(size, samples, skipped, [])
+        return _Scanned(samples, skipped, [])
     members = sample_files(open_tar(folder, name, size=size, digest=hashlib.sha256()), skipped=[])
     found = {key: (member.offset, member.size) for key, ending, member in members if ending == "json"}
-    return _Scanned(size, samples, skipped, [found.get(sample.key, (0, 0)) for sample in samples])
+    return _Scanned(samples, skipped, [found.get(sample.key, (0, 0)) for sample in samples])
+
+
+def _size(folder: Folder, name: str) -> int:
+    try:
+        return folder.size(name)
+    except OSError as error:
+        raise ValueError(f"cannot read shard {folder.location / name}: {error.strerror or error}") from error
 
 
 def _known_samples(folder: Folder, name: str, *, size: int) -> tuple[list[Sample], list[Skipped]] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from shards.archive import Archive, label_members, ustar_headers, writing_archive
 from shards.destination import WrittenShard
-from shards.folder import image_extension
 from shards.image_header import DecodeError, ImageInfo, inspect
 from shards.offsets import Skipped, offset_name, pack_columns
 from shards.places import Location, folder_at
@@ -37,22 +37,26 @@ class Options:
     quality: int = 90
 
 
-@dataclass
-class _Columns:
-    """The samples of a shard as its offset file lists them."""
-
-    keys: list[str] = field(default_factory=list)
-    extensions: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    crc32: list[int] = field(default_factory=list)
+# One sample of a shard: number in the source, ending, offset, size, crc32.
+_Written = tuple[int, str, int, int, int]
 
 
 def sample_bytes(sizes: NDArray[np.int64], *, label: bool, json_member: bool) -> NDArray[np.int64]:
     """The bytes that images of `sizes` bytes (int64 [n]) take in a shard, headers and padding included: int64 [n]."""
     return BLOCK + -(-sizes // BLOCK) * BLOCK + 2 * BLOCK * (label + json_member)
+
+
+def size_ratio(source: Source, numbers: Sequence[int], *, options: Options) -> float:
+    """By how much images get smaller when they are resized, in bytes, measured on some of them; at most 1."""
+    before = after = 0
+    for number in numbers:
+        data = memoryview(bytearray(max(0, int(source.sizes[number]))))
+        with contextlib.suppress(DecodeError):
+            source.read(number, data)
+            smaller, _ = _decode(data, _inspect(data, max_pixels=options.max_pixels), options)
+            before += len(data)
+            after += len(data if smaller is None else smaller)
+    return min(1.0, after / before) if before else 1.0
 
 
 def write_shard(
@@ -62,17 +66,31 @@ def write_shard(
 
     `keys` are those of the whole source. What is no usable image is left out, with the reason.
     """
-    samples, skipped = _Columns(), list[Skipped]()
+    samples: list[_Written] = []
+    skipped: list[Skipped] = []
     with writing_archive(place) as archive, source.reading(numbers.tolist()):
         for part in np.split(numbers, range(_HEADERS_AT_ONCE, len(numbers), _HEADERS_AT_ONCE)):
             _add_images(archive, source, part, keys=keys, options=options, samples=samples, skipped=skipped)
         num_bytes, sha256 = archive.finish()
-    offsets = pack_columns(**vars(samples), shard_name=place.name, num_bytes=num_bytes, sha256=sha256, skipped=skipped)
+    chosen, extensions, starts, sizes, crc32 = zip(*samples, strict=True) if samples else [()] * 5
+    offsets = pack_columns(
+        keys=[keys[number] for number in chosen],
+        extensions=extensions,
+        offsets=starts,
+        sizes=sizes,
+        labels=source.labels[list(chosen)],
+        sources=[source.paths[number] for number in chosen],
+        crc32=crc32,
+        shard_name=place.name,
+        num_bytes=num_bytes,
+        sha256=sha256,
+        skipped=skipped,
+    )
     if isinstance(place, Path):
         write_atomic(place.with_name(offset_name(place.name)), offsets)
     else:
         folder_at(place.parent).write(offset_name(place.name), offsets)
-    return WrittenShard(name, num_bytes, len(samples.keys), sha256, skipped)
+    return WrittenShard(name, num_bytes, len(samples), sha256, skipped)
 
 
 def _add_images(
@@ -82,20 +100,21 @@ def _add_images(
     *,
     keys: Sequence[str],
     options: Options,
-    samples: _Columns,
+    samples: list[_Written],
     skipped: list[Skipped],
 ) -> None:
     chosen, sizes, labels = numbers.tolist(), source.sizes[numbers].clip(0), source.labels[numbers]
-    extensions = [image_extension(source.names[number]) for number in chosen]
+    names = [source.names[number] for number in chosen]
+    extensions = [name[name.rfind(".") + 1 :].lower() for name in names]
     encoded = [keys[number].encode() for number in chosen]
-    names = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
-    headers = ustar_headers(names, sizes).tobytes()
+    members = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
+    headers = ustar_headers(members, sizes).tobytes()
     tails = label_members(encoded, labels.clip(0)).tobytes() if source.class_names else b""
-    rows = zip(chosen, extensions, sizes.tolist(), labels.tolist(), strict=True)
-    for i, (number, extension, size, label) in enumerate(rows):
+    ends = BLOCK + -(-sizes // BLOCK) * BLOCK  # of an image's blocks, counted from its header on
+    rows = zip(chosen, extensions, sizes.tolist(), ends.tolist(), labels.tolist(), strict=True)
+    for i, (number, extension, size, filled, label) in enumerate(rows):
         start = archive.position + BLOCK
-        filled = BLOCK + padded(size)
-        room = archive.room(filled + 2 * BLOCK)
+        room = archive.room(filled + 2 * BLOCK)  # to the end of the label
         data = room[BLOCK : BLOCK + size]
         try:
             if size > MAX_IMAGE_BYTES:
@@ -122,13 +141,7 @@ def _add_images(
             room[filled : filled + 2 * BLOCK] = tails[i * 2 * BLOCK : (i + 1) * 2 * BLOCK]
             filled += 2 * BLOCK
         archive.advance(filled)
-        samples.keys.append(keys[number])
-        samples.extensions.append(extension)
-        samples.offsets.append(start)
-        samples.sizes.append(size)
-        samples.labels.append(label)
-        samples.sources.append(source.paths[number])
-        samples.crc32.append(zlib.crc32(data))
+        samples.append((number, extension, start, size, zlib.crc32(data)))
         if options.json_member:
             about = {"path": source.paths[number], **about, "width": info.width, "height": info.height}
             archive.add(f"{keys[number]}.json", json.dumps(about).encode())

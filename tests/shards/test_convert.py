@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from shards.convert import ConvertReport, convert, parse_size
+from shards.convert import ConvertReport, convert
 from shards.folder import scan_folder
 from shards.index import ShardIndex
 from shards.parallel import map_processes
+from shards.storage import parse_size
 from shards.writer import Options, write_shard
 from tests.images import encode_image, make_image_folder, make_pixels
 
