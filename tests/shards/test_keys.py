@@ -80,3 +80,14 @@ def test_any_paths(paths: list[str]) -> None:
             assert len(folder) <= 155 and 0 < len(base) <= 100
             assert (folder + b"/" + base if folder else base) == name.encode()
         assert not any(part.startswith(".") or not part for part in key.split("/"))
+
+
+@given(st.lists(st.text("aB9_-. /é\n", min_size=1, max_size=110), max_size=30))
+def test_ordinary_paths_take_a_short_way_to_the_same_keys(stems: list[str]) -> None:
+    paths = [f"{stem}.jpg" for stem in stems]
+    short = KeyMaker()
+    keys = [short(path) for path in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.keys._ORDINARY", re.compile("(?!)"))  # matches nothing
+        long = KeyMaker()
+        assert [long(path) for path in paths] == keys
