@@ -112,7 +112,9 @@ def _read_parquet(table: Path) -> dict[str, list[str]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"reading {table} takes pyarrow: pip install pyarrow (or give a .csv file)") from None
+        raise ValueError(
+            f"reading {table} takes pyarrow: pip install 'scaler[parquet]' (or give a .csv file)"
+        ) from None
     try:
         file = parquet.ParquetFile(table)
         wanted = [name for name in ("path", "label") if name in file.schema_arrow.names]

@@ -126,7 +126,7 @@ def test_missing_list_and_missing_pyarrow(photos: Path, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, photos, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "reading list.parquet takes pyarrow: pip install pyarrow (or give a .csv file)\n"
+    assert done.stdout == "reading list.parquet takes pyarrow: pip install 'scaler[parquet]' (or give a .csv file)\n"
 
 
 def webdataset_shards(folder: Path, *, num_samples: int = 30) -> dict[str, tuple[bytes, int]]:
