@@ -41,6 +41,7 @@ from shards.reader import SampleReader
 STOCK = "torchvision ImageFolder + PIL"
 GEOMETRY = "torchvision v2, geometry only"
 KERNEL, LIBRARY = "scaler (kernel)", "scaler (library)"
+SHUFFLED = ", shuffled"
 COLOURS_STOCK, COLOURS_OURS = "torchvision, image by image (PIL)", "scaler, by batch"
 _BATCH, _RAW_BATCH = 32, 256
 _MEAN, _STD = Method.normalization
@@ -123,7 +124,7 @@ def contenders(files: Files, augmentation: Augmentation, *, peers: Sequence[str]
     yield Contender("everything", STOCK, _image_folder(files, by_pil(geometry=True, colors=True)))
     yield Contender("everything", "torchvision v2", _paths(files, by_v2(geometry=True, colors=True)))
     for peer in (peer for peer in peers if peer in SAMPLES):
-        steps = _opened_by_pil(SAMPLES[peer](files), by_pil(geometry=True, colors=True))
+        steps = _opened_by_pil(SAMPLES[peer](files, True), by_pil(geometry=True, colors=True))
         yield of_peer("everything", peer, " + PIL", steps)
     if "dali" in peers:
         steps = dali_views(files, augmentation.views, augmentation.colors, batch_size=_BATCH)
@@ -147,10 +148,12 @@ def contenders(files: Files, augmentation: Augmentation, *, peers: Sequence[str]
     yield Contender("decode", "torchvision", _each(_decode_by_torchvision, data))
     yield Contender("decode", "PIL", _each(_open, data))
 
-    yield Contender("raw", "tarfile", _count(tarfile_samples(files)))
-    for peer in (peer for peer in peers if peer in SAMPLES):
-        yield of_peer("raw", peer, "", _count(SAMPLES[peer](files)))
-    yield Contender("raw", "scaler", _count(_our_samples(files)))
+    for shuffled, order in ((False, ", in order"), (True, SHUFFLED)):
+        if not shuffled:
+            yield Contender("raw", "tarfile" + order, _count(tarfile_samples(files)))
+        for peer in (peer for peer in peers if peer in SAMPLES):
+            yield of_peer("raw", peer, order, _count(SAMPLES[peer](files, shuffled)))
+        yield Contender("raw", "scaler" + order, _count(_our_samples(files, shuffled)))
 
 
 # ---------------------------------------------------------------------- ours
@@ -215,11 +218,12 @@ def _order(index: ShardIndex, batch: int) -> SampleOrder:
     return SampleOrder(index.shard_sizes, seed=0, lanes=default_lanes(index.num_samples, [batch]), shuffle_window=2048)
 
 
-def _our_samples(files: Files) -> Iterator[bytes]:
+def _our_samples(files: Files, shuffled: bool) -> Iterator[bytes]:
     index = ShardIndex.load(files.shards)
     reader, order = SampleReader(index), _order(index, _RAW_BATCH)
     for start in itertools.count(0, _RAW_BATCH):
-        for id in order.batch(start, _RAW_BATCH).ids.tolist():
+        chosen = order.batch(start, _RAW_BATCH).ids.tolist()
+        for id in chosen if shuffled else (i % len(index) for i in range(start, start + _RAW_BATCH)):
             yield reader.read(index.entry(id))
 
 

@@ -39,6 +39,7 @@ from scaler.bench.contenders import (
     GEOMETRY,
     KERNEL,
     LIBRARY,
+    SHUFFLED,
     STOCK,
     Augmentation,
     Contender,
@@ -169,7 +170,7 @@ def _row(contender: Contender, blocks: dict[str, list[Block]]) -> dict[str, Any]
 
 def _baseline(part: str, blocks: dict[str, list[Block]]) -> str | None:
     """What a part is compared with: stock loading, stock colours, or litdata's raw samples; None: not measured."""
-    wanted = {"colours": [f"colours: {COLOURS_STOCK}"], "raw": [f"raw: {name}" for name in ("litdata", "tarfile")]}
+    wanted = {"colours": [f"colours: {COLOURS_STOCK}"], "raw": [f"raw: litdata{SHUFFLED}", "raw: tarfile, in order"]}
     return next((key for key in wanted.get(part, [_STOCK]) if key in blocks), None)
 
 
@@ -182,7 +183,11 @@ def _ratios(blocks: dict[str, list[Block]]) -> dict[str, float]:
     }
     pairs |= {f"everything, {name}, against {STOCK}": (f"everything: {name}", _STOCK) for name in (KERNEL, LIBRARY)}
     pairs["colours, by batch against image by image"] = (f"colours: {COLOURS_OURS}", f"colours: {COLOURS_STOCK}")
-    pairs |= {f"raw, against {peer}": ("raw: scaler", f"raw: {peer}") for peer in ("tarfile", *SAMPLES)}
+    pairs |= {
+        f"raw, against {peer}{order}": (f"raw: scaler{order}", f"raw: {peer}{order}")
+        for peer in ("tarfile", *SAMPLES)
+        for order in (SHUFFLED, ", in order")
+    }
     return {name: ratio(blocks[a], blocks[b], "cpu") for name, (a, b) in pairs.items() if a in blocks and b in blocks}
 
 

@@ -84,41 +84,43 @@ def tarfile_samples(files: Files) -> Iterator[bytes]:
                         yield file.read()
 
 
-def webdataset_samples(files: Files) -> Iterator[bytes]:
-    """webdataset over our shards, which are plain WebDataset."""
+def webdataset_samples(files: Files, shuffled: bool) -> Iterator[bytes]:
+    """webdataset over our shards, which are plain WebDataset; shuffled in a buffer of 1,000."""
     urls = [str(path) for path in sorted(files.shards.glob("*.tar"))]
     while True:
         dataset = _load("webdataset").WebDataset(urls, shardshuffle=False, empty_check=False)
+        if shuffled:
+            dataset = dataset.shuffle(1000)
         for (data,) in dataset.to_tuple(";".join(IMAGE_EXTENSIONS)):
             yield data
 
 
-def litdata_samples(files: Files) -> Iterator[bytes]:
+def litdata_samples(files: Files, shuffled: bool) -> Iterator[bytes]:
     """litdata over what its `optimize` makes."""
     written = files.scratch / "litdata"
     if not written.exists():
         write_litdata(files, written, workers=1)
     with quiet():
-        dataset = _load("litdata").StreamingDataset(str(written), shuffle=False)
+        dataset = _load("litdata").StreamingDataset(str(written), shuffle=shuffled)
     while True:
         for sample in dataset:
             yield sample["image"]
 
 
-def streaming_samples(files: Files) -> Iterator[bytes]:
+def streaming_samples(files: Files, shuffled: bool) -> Iterator[bytes]:
     """mosaicml-streaming over what its MDSWriter makes."""
     written = files.scratch / "mds"
     if not written.exists():
         write_mds(files, written)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = _load("mosaicml-streaming").StreamingDataset(local=str(written), shuffle=False, batch_size=1)
+        dataset = _load("mosaicml-streaming").StreamingDataset(local=str(written), shuffle=shuffled, batch_size=1)
     while True:
         for sample in dataset:
             yield sample["image"]
 
 
-SAMPLES: dict[str, Callable[[Files], Iterator[bytes]]] = {
+SAMPLES: dict[str, Callable[[Files, bool], Iterator[bytes]]] = {  # (files, whether shuffled)
     "webdataset": webdataset_samples,
     "litdata": litdata_samples,
     "mosaicml-streaming": streaming_samples,
