@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,10 +36,23 @@ _OPEN_TABLES = 256  # offset files kept mapped per process
 _START_SECONDS = 30.0  # to get hold of `index.json`: whoever starts a run is waiting
 
 
+class Span(NamedTuple):
+    """Where one sample lies, which is all that reading it takes: the image is bytes `offset … offset + size` of shard
+    number `shard`; `label` -1: none."""
+
+    id: int
+    shard: int
+    offset: int
+    size: int
+    label: int
+    crc32: int
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One sample: the image is bytes `offset … offset + size` of shard number `shard`; `label` -1: none."""
+    """One sample with its names."""
 
+    id: int
     shard: int
     offset: int
     size: int
@@ -190,11 +203,17 @@ class ShardIndex:
         shard = np.searchsorted(self._ends, ids, side="right")
         return shard, ids - (self._ends[shard] - self.shard_sizes[shard])
 
+    def spans(self, ids: ArrayLike) -> list[Span]:
+        """Where the samples of the given ids lie, in their order."""
+        ids = np.asarray(ids, dtype=np.int64).ravel()
+        rows = zip(ids.tolist(), *(part.tolist() for part in self.locate(ids)), strict=True)
+        return [Span(id, shard, *self._table(shard).span(local)) for id, shard, local in rows]
+
     def entry(self, id: int) -> Entry:
         """Where sample `id` lies and what it is."""
         shard, local = self.locate(id)
         sample = self._table(int(shard)).sample(int(local))
-        return Entry(shard=int(shard), **vars(sample))
+        return Entry(id=int(id), shard=int(shard), **vars(sample))
 
     def keys(self, ids: ArrayLike) -> list[str]:
         """The keys of the given sample ids, in their order."""

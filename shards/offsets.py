@@ -81,6 +81,10 @@ class OffsetTable:
         """The key of sample number `local` of this shard."""
         return self._text(self._key_ends, local, base=0)
 
+    def span(self, local: int) -> tuple[int, int, int, int]:
+        """Offset, size, label and crc32 of sample number `local` of this shard."""
+        return int(self._offsets[local]), int(self._sizes[local]), int(self.labels[local]), int(self._crc32[local])
+
     def sample(self, local: int) -> Sample:
         """Everything known about sample number `local` of this shard."""
         key, extension = self.key(local), self._extension_names[self._extensions[local]]

@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from shards.index import Entry, ShardIndex
+from shards.index import Entry, ShardIndex, Span
 from shards.places import Folder, RangeIgnoredError, folder_at
 from shards.retry import retry
 
@@ -32,30 +32,31 @@ class SampleReader:
         self._files: dict[int, int] = {}  # shard → file descriptor, the one used longest ago first
         self._remote: Folder | None = None
 
-    def read(self, entry: Entry) -> bytes:
+    def read(self, sample: Span | Entry) -> bytes:
         """The image file of one sample.
 
         Raises:
             ValueError: the shard is missing, refused, was cut off, cannot be read, or damaged at its source; in one
                 line that names the file.
         """
-        return self._read_local(entry) if self._local else self._read_remote(entry)
+        return self._read_local(sample) if self._local else self._read_remote(sample)
 
     def close(self) -> None:
         """Close all files; the next read opens what it needs."""
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _read_local(self, entry: Entry) -> bytes:
-        path = self.index.shard_path(entry.shard)
+    def _read_local(self, sample: Span | Entry) -> bytes:
         try:
-            data = os.pread(self._open(entry.shard), entry.size, entry.offset)
+            data = os.pread(self._open(sample.shard), sample.size, sample.offset)
         except OSError as error:
+            path = self.index.shard_path(sample.shard)
             raise ValueError(f"cannot read shard {path}: {error.strerror}") from error
-        if len(data) != entry.size:
+        if len(data) != sample.size:
+            path, key = self.index.shard_path(sample.shard), self.index.entry(sample.id).key
             raise ValueError(
-                f"shard {path} was cut off while it was in use: {entry.key!r} should be bytes {entry.offset} to "
-                f"{entry.offset + entry.size}, only {len(data)} of them are there"
+                f"shard {path} was cut off while it was in use: {key!r} should be bytes {sample.offset} to "
+                f"{sample.offset + sample.size}, only {len(data)} of them are there"
             )
         return data
 
@@ -69,35 +70,36 @@ class SampleReader:
         self._files[shard] = file
         return file
 
-    def _read_remote(self, entry: Entry) -> bytes:
-        data = self._read_cached(entry)  # what nearly all reads of a long run do
-        return retry(lambda: self._read_cached(entry) or self._read_range(entry)) if data is None else data
+    def _read_remote(self, sample: Span | Entry) -> bytes:
+        data = self._read_cached(sample)  # what nearly all reads of a long run do
+        return retry(lambda: self._read_cached(sample) or self._read_range(sample)) if data is None else data
 
-    def _read_cached(self, entry: Entry) -> bytes | None:
-        cache, name = self.index.cache, self.index.shard_cache_name(entry.shard)
+    def _read_cached(self, sample: Span | Entry) -> bytes | None:
+        cache, name = self.index.cache, self.index.shard_cache_name(sample.shard)
         if cache is None:
             return None
-        data = cache.read(name, entry.offset, entry.size)
-        if data is None or len(data) != entry.size:
-            data = cache.read_partial(name, int(self.index.shard_bytes[entry.shard]), entry.offset, entry.size)
-            if data is None or zlib.crc32(data) != entry.crc32:
+        data = cache.read(name, sample.offset, sample.size)
+        if data is None or len(data) != sample.size:
+            data = cache.read_partial(name, int(self.index.shard_bytes[sample.shard]), sample.offset, sample.size)
+            if data is None or zlib.crc32(data) != sample.crc32:
                 return None
         return data
 
-    def _read_range(self, entry: Entry) -> bytes:
+    def _read_range(self, sample: Span | Entry) -> bytes:
         if self._remote is None:
             self._remote = folder_at(self.index.path)
-        name = self.index.shard_names[entry.shard]
+        name = self.index.shard_names[sample.shard]
         try:
-            data = self._remote.read_range(name, entry.offset, entry.size)
+            data = self._remote.read_range(name, sample.offset, sample.size)
         except RangeIgnoredError as error:
-            self._keep(entry.shard, error.content)
-            data = error.content[entry.offset : entry.offset + entry.size]
-        if zlib.crc32(data) != entry.crc32:
+            self._keep(sample.shard, error.content)
+            data = error.content[sample.offset : sample.offset + sample.size]
+        if zlib.crc32(data) != sample.crc32:
+            path, key = self.index.shard_path(sample.shard), self.index.entry(sample.id).key
             raise ValueError(
-                f"shard {self.index.shard_path(entry.shard)}: bytes {entry.offset} to {entry.offset + entry.size} "
-                f"({entry.key!r}) came with another crc32 than the index says, also when asked for again; copy the "
-                f"shard again to where it lies, or run `scaler index {self.index.path}` if it was changed on purpose"
+                f"shard {path}: bytes {sample.offset} to {sample.offset + sample.size} ({key!r}) came with another crc32 "
+                "than the index says, also when asked for again; copy the shard again to where it lies, or run "
+                f"`scaler index {self.index.path}` if it was changed on purpose"
             )
         return data
 

@@ -8,6 +8,7 @@ plain one-line ValueError; anything else is a bug and keeps its traceback.
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import signal
 import time
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards.decode import DecodeError, Seconds, View, decode_into, draw
-from shards.index import Entry, ShardIndex
+from shards.index import ShardIndex, Span
 from shards.order import Ints
 from shards.reader import SampleReader
 from shards.resize import Pixels
@@ -68,19 +69,19 @@ class TrainingBatches(Dataset["Batch | Failure"]):
         draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
         labels = torch.empty(size, dtype=torch.int64)
         rejected: list[dict[str, Any]] = []
-        for row, id in enumerate(request.ids.tolist()):
+        for row, wanted in enumerate(self.index.spans(request.ids)):
             out, numbers = [array[:, row] for array in arrays], [drawn[row] for drawn in draws]
             try:
-                shown_id, shown, reason = self._decode_or_replace(id, out, numbers, seconds)
+                shown, reason = self._decode_or_replace(wanted, out, numbers, seconds)
                 labels[row] = shown.label
                 if reason is not None:
                     rejected.append(
                         {
                             "image": int(request.images[row]),
                             "epoch": int(request.epochs[row]),
-                            **describe(self.index, id, reason),
-                            "replacement_id": shown_id,
-                            "replacement_key": shown.key,
+                            **describe(self.index, wanted.id, reason),
+                            "replacement_id": shown.id,
+                            "replacement_key": self.index.entry(shown.id).key,
                         }
                     )
             except ValueError as error:
@@ -98,25 +99,30 @@ class TrainingBatches(Dataset["Batch | Failure"]):
         }
 
     def _decode_or_replace(
-        self, id: int, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
-    ) -> tuple[int, Entry, str | None]:
-        """Fill `out` from sample `id`, or the next decodable one of its shard; (which, its entry, why not `id`)."""
-        shard, local = (int(part) for part in self.index.locate(id))
-        size, reason = int(self.index.shard_sizes[shard]), None
-        for k in range(size):
-            candidate = id - local + (local + k) % size
-            entry = self.index.entry(candidate)
-            data = _read(self.reader, entry, seconds)
+        self, wanted: Span, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
+    ) -> tuple[Span, str | None]:
+        """Fill `out` from a sample, or from the next decodable one of its shard; (which, why not the wanted one)."""
+        shown, reason = wanted, None
+        for candidate in itertools.chain([wanted.id], self._next_in_shard(wanted)):
+            if candidate != wanted.id:
+                (shown,) = self.index.spans([candidate])
+            data = _read(self.reader, shown, seconds)
             try:
                 decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
-                return candidate, entry, reason
+                return shown, reason
             except DecodeError as error:
-                _check_undamaged(self.index, entry, data)
+                _check_undamaged(self.index, shown, data)
                 reason = reason or str(error)
         raise ValueError(
-            f"shard {self.index.shard_path(shard)}: none of its {size} samples can be decoded "
-            f"({self.index.entry(id).key!r}: {reason}); take it out and run `scaler index {self.index.path}`"
+            f"shard {self.index.shard_path(wanted.shard)}: none of its {self.index.shard_sizes[wanted.shard]} samples "
+            f"can be decoded ({self.index.entry(wanted.id).key!r}: {reason}); take it out and run "
+            f"`scaler index {self.index.path}`"
         )
+
+    def _next_in_shard(self, sample: Span) -> Iterator[int]:
+        """The ids of the other samples of its shard, cyclic."""
+        first, size = sample.id - int(self.index.locate(sample.id)[1]), int(self.index.shard_sizes[sample.shard])
+        yield from (first + (sample.id - first + k) % size for k in range(1, size))
 
 
 class EvaluationBatches(Dataset["Batch | Failure"]):
@@ -133,14 +139,12 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
         weights = torch.zeros(len(ids))
         rejected = []
         drawn = [draw(self.view, seed=0, epoch=0, sample_id=0)]
-        for row, id in enumerate(ids.tolist()):
-            if id < 0:
-                images[row] = 0
-                continue
+        images[np.flatnonzero(ids < 0)] = 0
+        rows = np.flatnonzero(ids >= 0)
+        for row, sample in zip(rows.tolist(), self.index.spans(ids[rows]), strict=True):
             try:
-                entry = self.index.entry(id)
-                data = _read(self.reader, entry, seconds)
-                labels[row] = entry.label
+                data = _read(self.reader, sample, seconds)
+                labels[row] = sample.label
                 try:
                     decode_into(
                         [array[row : row + 1]],
@@ -152,9 +156,9 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
                     )
                     weights[row] = 1.0
                 except DecodeError as error:
-                    _check_undamaged(self.index, entry, data)
+                    _check_undamaged(self.index, sample, data)
                     images[row] = 0
-                    rejected.append(describe(self.index, id, str(error)))
+                    rejected.append(describe(self.index, sample.id, str(error)))
             except ValueError as error:
                 return Failure(str(error), traceback.format_exc())
         return {
@@ -175,26 +179,26 @@ def new_pixels(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
-def _read(reader: SampleReader, entry: Entry, seconds: Seconds) -> bytes:
+def _read(reader: SampleReader, sample: Span, seconds: Seconds) -> bytes:
     started = time.perf_counter()
-    data = reader.read(entry)
+    data = reader.read(sample)
     seconds.read += time.perf_counter() - started
     return data
 
 
-def _check_undamaged(index: ShardIndex, entry: Entry, data: bytes) -> None:
+def _check_undamaged(index: ShardIndex, sample: Span, data: bytes) -> None:
     """`ValueError` naming the shard unless `data`, which cannot be decoded, are the bytes that were indexed: then the
     picture was never better."""
-    if zlib.crc32(data) != entry.crc32:
+    if zlib.crc32(data) != sample.crc32:
         raise ValueError(
-            f"shard {index.shard_path(entry.shard)} is damaged: {entry.key!r} is not what was indexed (its crc32 is "
-            f"another); copy the shard again, or run `scaler index {index.path}` if the change is meant"
+            f"shard {index.shard_path(sample.shard)} is damaged: {index.entry(sample.id).key!r} is not what was "
+            f"indexed (its crc32 is another); copy the shard again, or run `scaler index {index.path}` if the change is meant"
         )
 
 
 def describe(index: ShardIndex, id: int, reason: str) -> dict[str, Any]:
     """The record of a sample that cannot be decoded: id, key, source, shard (file name) and reason."""
-    entry: Entry = index.entry(id)
+    entry = index.entry(id)
     return {
         "id": id,
         "key": entry.key,
