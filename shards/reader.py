@@ -97,8 +97,8 @@ class SampleReader:
         if zlib.crc32(data) != sample.crc32:
             path, key = self.index.shard_path(sample.shard), self.index.entry(sample.id).key
             raise ValueError(
-                f"shard {path}: bytes {sample.offset} to {sample.offset + sample.size} ({key!r}) came with another crc32 "
-                "than the index says, also when asked for again; copy the shard again to where it lies, or run "
+                f"shard {path}: bytes {sample.offset} to {sample.offset + sample.size} ({key!r}) came with another "
+                "crc32 than the index says, also when asked for again; copy the shard again to where it lies, or run "
                 f"`scaler index {self.index.path}` if it was changed on purpose"
             )
         return data

@@ -192,7 +192,8 @@ def _check_undamaged(index: ShardIndex, sample: Span, data: bytes) -> None:
     if zlib.crc32(data) != sample.crc32:
         raise ValueError(
             f"shard {index.shard_path(sample.shard)} is damaged: {index.entry(sample.id).key!r} is not what was "
-            f"indexed (its crc32 is another); copy the shard again, or run `scaler index {index.path}` if the change is meant"
+            "indexed (its crc32 is another); copy the shard again, or run "
+            f"`scaler index {index.path}` if the change is meant"
         )
 
 
