@@ -159,7 +159,8 @@ class Reader:
         """Let go of what is not needed any more, and take in what comes next, as far as share and distance allow."""
         self.window = [need for need in self.window if need.past > position]
         while self.next_need is not None and self.has_room(self.next_need, position):
-            self.window.append(self.next_need)
+            if self.next_need.past > position:
+                self.window.append(self.next_need)
             self.next_need = next(self.needs, None)
         for shard in self.holds.keys() - self.shards():
             self.holds.pop(shard).release()
@@ -170,6 +171,8 @@ class Reader:
 
     def has_room(self, need: ShardNeed, position: int) -> bool:
         """Whether the next need may come into the window."""
+        if need.past <= position:
+            return True  # too late for it: it is passed over
         if sum(need.first > position for need in self.window) >= self.job.ahead:
             return False
         shards = self.shards()

@@ -297,10 +297,12 @@ def _on_disk(num_bytes: int) -> int:
 def _pread(path: Path, offset: int, size: int) -> bytes | None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:  # most often it is not there; and nobody stops for a cache that cannot be read
         return None
     try:
         return os.pread(descriptor, size, offset)
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
 

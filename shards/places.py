@@ -35,7 +35,7 @@ _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 
 
 _HTTP = ("http://", "https://")
-_SECONDS = 60.0  # that one request may take; the largest are parts of a few megabytes
+_SECONDS = 30.0  # that one request may take; the largest are parts of a few megabytes
 
 
 class NoSuchHostError(OSError):
@@ -77,13 +77,14 @@ class Url:
     @property
     def name(self) -> str:
         """The last part."""
-        return self._parts()[0].rpartition("/")[2]
+        return str(self).rpartition("/")[2]
 
     @property
     def parent(self) -> Url:
         """What it lies in."""
         path, query = self._parts()
-        return Url(path.rpartition("/")[0] + query)
+        above = path.rpartition("/")[0]
+        return self if above.endswith("/") else Url(above + query)  # what is left of a host alone is no place
 
     def _parts(self) -> tuple[str, str]:
         """The path, and for HTTP the query with its question mark."""

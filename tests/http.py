@@ -156,6 +156,7 @@ class FaultyServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each body waits 40 ms for its header to be acknowledged
 
             def do_GET(self) -> None:
                 faulty._answer(self)

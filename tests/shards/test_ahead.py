@@ -1,0 +1,259 @@
+"""Fetching ahead: what is needed when, the window of shards, and the process that does it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.ahead import reading_ahead
+from shards.cache import ShardCache
+from shards.convert import convert
+from shards.decode import View
+from shards.index import ShardIndex
+from shards.loader import ShardLoader, cached_set_bytes, rank_lanes
+from shards.order import SampleOrder
+from tests.http import faulty_server
+from tests.images import make_image_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data")
+    make_image_folder(path / "images", num_images=240, size=40)
+    convert(path / "images", path / "shards", shard_size=45_000, workers=1)
+    return path / "shards"
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    seed=st.integers(0, 3),
+    window=st.integers(1, 9),
+    data=st.data(),
+)
+def test_shard_needs_are_those_of_the_images(sizes: list[int], seed: int, window: int, data: st.DataObject) -> None:
+    total = sum(sizes)
+    lanes = data.draw(st.integers(1, min(total, 12)))
+    first_lane = data.draw(st.integers(0, lanes - 1))
+    mine = range(first_lane, data.draw(st.integers(first_lane + 1, lanes)))
+    start = data.draw(st.integers(0, 3 * total))
+    stop = start + data.draw(st.integers(1, 2 * total))
+    order = SampleOrder(sizes, seed=seed, lanes=lanes, shuffle_window=window)
+    needs = list(order.shard_needs(start, stop=stop, lanes=mine))
+    assert [need.first for need in needs] == sorted(need.first for need in needs)
+    assert needs == list(
+        itertools.takewhile(lambda need: need.first < stop, order.shard_needs(start, stop=None, lanes=mine))
+    )
+    batch, used = order.batch(start, stop - start), set()
+    shards = np.searchsorted(np.cumsum(sizes), batch.ids, side="right")
+    for image, shard in zip(batch.images.tolist(), shards.tolist(), strict=True):
+        if image % lanes in mine:
+            fit = [k for k, need in enumerate(needs) if need.shard == shard and need.first <= image < need.past]
+            assert fit
+            used |= set(fit)
+    assert all(k in used for k, need in enumerate(needs) if start <= need.first and need.past <= stop), "none too many"
+
+
+@settings(deadline=None)
+@given(
+    ranks=st.integers(1, 5), per_rank=st.integers(1, 40), lanes=st.integers(1, 60), start=st.integers(0, 500),
+    rank=st.integers(0, 4),
+)  # fmt: skip
+def test_the_lanes_of_a_rank(ranks: int, per_rank: int, lanes: int, start: int, rank: int) -> None:
+    rank, size = rank % ranks, ranks * per_rank
+    order = SampleOrder([100], seed=0, lanes=lanes, shuffle_window=3)
+    batch = order.batch(start, size, slice_=(rank * per_rank, (rank + 1) * per_rank))
+    found, used = rank_lanes(order, size, rank=rank, world_size=ranks), set((batch.images % lanes).tolist())
+    assert used <= set(found)
+    if size % lanes == 0:
+        assert used == set(found)
+
+
+def fetched(folder: Path, tmp_path: Path, *, share: int, ahead: int, image: int) -> list[int]:
+    """The shards that come into the cache, by their turn, when the training is at `image`; one image a shard."""
+    with faulty_server(folder) as server:
+        index = ShardIndex.load(server.url, cache=ShardCache(tmp_path / "cache"))
+        index.shard_sizes[:] = 1
+        order = SampleOrder([1] * len(index.shard_names), seed=0, lanes=1, shuffle_window=1)
+        needs = partial(order.shard_needs, 0, stop=None, lanes=range(1))
+        with reading_ahead(index, needs, start=image, share=share, ahead=ahead):
+            deadline, found, since = time.monotonic() + 20, -1, time.monotonic()
+            while time.monotonic() < deadline and time.monotonic() - since < 1.0:
+                if (now := len(list((tmp_path / "cache").glob("*.tar")))) != found:
+                    found, since = now, time.monotonic() + (1.0 if now == 0 else 0.0)
+                time.sleep(0.02)
+        sequence = [need.shard for need in itertools.islice(needs(), len(index.shard_names))]
+        return [i for i, shard in enumerate(sequence) if index.cache.find(index.shard_cache_name(shard))]
+
+
+def test_it_fetches_what_is_needed_next_and_no_further(folder: Path, tmp_path: Path) -> None:
+    size = max(path.stat().st_size for path in folder.glob("*.tar"))
+    assert fetched(folder, tmp_path / "a", share=1 << 30, ahead=3, image=0) == [0, 1, 2, 3]
+    assert fetched(folder, tmp_path / "b", share=1 << 30, ahead=2, image=4) == [4, 5, 6]
+    assert fetched(folder, tmp_path / "c", share=2 * size, ahead=9, image=1) == [1, 2]
+    assert fetched(folder, tmp_path / "d", share=0, ahead=9, image=0) == [0], "one shard in any case"
+
+
+_TRAIN = """
+import sys, time, zlib
+from pathlib import Path
+from shards.cache import ShardCache
+from shards.decode import View
+from shards.index import ShardIndex
+from shards.loader import ShardLoader
+from shards.order import SampleOrder
+
+def main(where, folder, bound, rank, ranks, workers):
+    cache = ShardCache(folder, max_bytes=int(bound))
+    index = ShardIndex.load(where, cache=cache)
+    order = SampleOrder(index.shard_sizes, seed=1, lanes=4, shuffle_window=10)
+    loader = ShardLoader(index, order, views=[View("a", 24)], seed=0, global_batch_size=16,
+        micro_batch_size=16 // int(ranks), rank=int(rank), world_size=int(ranks), ranks_per_node=int(ranks),
+        num_workers=int(workers), stop=480)
+    for batch in loader:
+        pixels = zlib.crc32(batch["views"]["a"].numpy().tobytes())
+        print(batch["image_number"], *batch["ids"].tolist(), pixels, flush=True)
+        time.sleep(0.02)
+    print("end")
+
+main(*sys.argv[1:])
+"""
+
+
+def start_training(*arguments: object, prefix: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCALER_REMOTE_SECONDS": "20", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", _TRAIN, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def local_lines(folder: Path, *, rank: int, ranks: int) -> list[str]:
+    index = ShardIndex.load(folder)
+    order = SampleOrder(index.shard_sizes, seed=1, lanes=4, shuffle_window=10)
+    loader = ShardLoader(index, order, views=[View("a", 24)], seed=0, global_batch_size=16,
+                         micro_batch_size=16 // ranks, rank=rank, world_size=ranks, stop=480)  # fmt: skip
+    rows = ((b["image_number"], *b["ids"].tolist(), zlib.crc32(b["views"]["a"].numpy().tobytes())) for b in loader)
+    return [" ".join(map(str, row)) for row in rows] + ["end"]
+
+
+def du(folder: Path) -> int:
+    total = 0
+    for path in [folder, *folder.glob("*")]:
+        try:
+            total += path.stat().st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) -> None:
+    """Two ranks, room for three shards: du never sees more; a rank is killed with SIGKILL, its reader goes with it."""
+    size = max(path.stat().st_size for path in folder.glob("*.tar"))
+    offsets = sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.glob("*.offsets"))
+    cache, bound = tmp_path / "cache", 3 * size + offsets + 20_000
+    with faulty_server(folder) as server:
+        server.cut_every = 7
+        ranks = [start_training(server.url, cache, bound, rank, 2, rank) for rank in range(2)]
+        most, deadline, helpers = 0, time.monotonic() + 60, []
+        victim = start_training(server.url, cache, bound, 0, 2, 0)
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            if cache.exists():
+                most = max(most, du(cache))
+            if victim is not None and children(victim.pid) and du(cache) > size + offsets:
+                helpers = children(victim.pid)
+                victim.send_signal(signal.SIGKILL)
+                victim.communicate()
+                victim = None
+            time.sleep(0.005)
+        outputs = [rank.communicate(timeout=60) for rank in ranks]
+    for rank, (out, err) in enumerate(outputs):
+        assert out.splitlines() == local_lines(folder, rank=rank, ranks=2), err
+        assert "Traceback" not in err
+    assert victim is None and size + offsets < most <= bound
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in helpers):
+        assert time.monotonic() < deadline, "what a killed rank started has ended"
+        time.sleep(0.1)
+
+
+def run_to_end(process: subprocess.Popen[str], folder: Path) -> str:
+    """What it warned of; its stream is the local one."""
+    out, err = process.communicate(timeout=60)
+    assert out.splitlines() == local_lines(folder, rank=0, ranks=1), err
+    assert "Traceback" not in err
+    return err
+
+
+def test_a_shard_larger_than_the_cache_is_read_by_range(folder: Path, tmp_path: Path) -> None:
+    with faulty_server(folder) as server:
+        warned = run_to_end(start_training(server.url, tmp_path / "cache", 40_000, 0, 1, 0), folder)
+    assert "larger than the cache's bound of 40000 bytes" in warned and "raise data.cache_size" in warned
+    assert du(tmp_path / "cache") <= 40_000
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a small disk is mounted as root")
+def test_a_full_disk_is_no_end(folder: Path, tmp_path: Path) -> None:
+    """A disk of 100 kB: two shards fill it."""
+    mount = 'mkdir -p "$0" && mount -t tmpfs -o size=100k tmpfs "$0" && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / "disk"))
+    with faulty_server(folder) as server:
+        warned = run_to_end(start_training(server.url, tmp_path / "disk", 1 << 30, 0, 1, 0, prefix=prefix), folder)
+    assert f"cannot write to the cache {tmp_path / 'disk'} (No space left on device)" in warned
+
+
+def test_a_cache_that_cannot_be_is_no_end(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with faulty_server(folder) as server:
+        warned = run_to_end(start_training(server.url, tmp_path / "file" / "cache", 1 << 30, 0, 1, 0), folder)
+    assert f"cannot write to the cache {tmp_path / 'file' / 'cache'} (Not a directory)" in warned
+
+
+def test_the_process_that_fetches_may_die(folder: Path, tmp_path: Path) -> None:
+    with faulty_server(folder) as server:
+        process = start_training(server.url, tmp_path / "cache", 1 << 30, 0, 1, 0)
+        while not children(process.pid):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        assert "the process that fetches shards ahead has ended (-9)" in run_to_end(process, folder)
+
+
+def test_what_a_node_must_keep(folder: Path) -> None:
+    index = ShardIndex.load(folder)
+    order = SampleOrder(index.shard_sizes, seed=0, lanes=2, shuffle_window=1)
+    one = cached_set_bytes(index, order, num_nodes=1)
+    assert 4 * index.num_bytes / len(index.shard_names) < one < 5 * index.num_bytes / len(index.shard_names)
+    assert cached_set_bytes(index, order, num_nodes=2) == pytest.approx(one / 2, abs=1)
+    wide = SampleOrder(index.shard_sizes, seed=0, lanes=64, shuffle_window=100)
+    assert cached_set_bytes(index, wide, num_nodes=1) == index.num_bytes
