@@ -108,12 +108,19 @@ static int16_t cut(int32_t value, int bits, int most) {
     return (int16_t)(value < 0 ? 0 : value > most ? most : value);
 }
 
-/* out[i] = cut(sum of weights[k] * lines[k * step + i]) for STRIPE bytes; BETWEEN_BITS remain after the point. */
-static void sum_bytes_plain(int16_t *out, const uint8_t *lines, ptrdiff_t step, const int16_t *weights, int pairs) {
-    int32_t sums[STRIPE] = {0};
-    for (int k = 0; k < 2 * pairs; k++)
-        for (int i = 0; i < STRIPE; i++) sums[i] += weights[k] * lines[k * step + i];
-    for (int i = 0; i < STRIPE; i++) out[i] = cut(sums[i], WEIGHT_BITS - BETWEEN_BITS, 255 << BETWEEN_BITS);
+/* The first pass over a stripe: `out` [3, size, STRIPE] words from `in` [columns, STRIPE] bytes, where the three
+ * channels of a pixel are three columns. BETWEEN_BITS remain after the point. */
+static void pass_along_plain(int16_t *out, const uint8_t *in, const Taps *taps, int size, int flip) {
+    for (int x = 0; x < size; x++)
+        for (int channel = 0; channel < CHANNELS; channel++) {
+            const int16_t *weights = taps->weights + (size_t)x * 2 * taps->pairs;
+            const uint8_t *line = in + ((ptrdiff_t)taps->start[x] * CHANNELS + channel) * STRIPE;
+            int16_t *to = out + ((ptrdiff_t)channel * size + (flip ? size - 1 - x : x)) * STRIPE;
+            int32_t sums[STRIPE] = {0};
+            for (int k = 0; k < 2 * taps->pairs; k++, line += CHANNELS * STRIPE)
+                for (int i = 0; i < STRIPE; i++) sums[i] += weights[k] * line[i];
+            for (int i = 0; i < STRIPE; i++) to[i] = cut(sums[i], WEIGHT_BITS - BETWEEN_BITS, 255 << BETWEEN_BITS);
+        }
 }
 
 /* out[i] = cut(sum of weights[k] * lines[k][i]) for `count` words from `i` on; whole grey levels remain. */
@@ -148,19 +155,36 @@ AVX2 static inline __m256i pair_of(const int16_t *weights) {
     return _mm256_set1_epi32(both);
 }
 
-AVX2 static void sum_bytes_avx2(int16_t *out, const uint8_t *lines, ptrdiff_t step, const int16_t *weights, int pairs) {
+AVX2 static inline __m256i two_taps(__m256i sum, __m128i bytes, __m256i weight) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), weight));
+}
+
+AVX2 static void pass_along_avx2(int16_t *out, const uint8_t *in, const Taps *taps, int size, int flip) {
     const int bits = WEIGHT_BITS - BETWEEN_BITS;
-    __m256i a = _mm256_set1_epi32(1 << (bits - 1)), b = a;
-    for (int k = 0; k < pairs; k++, lines += 2 * step) {
-        const __m256i weight = pair_of(weights + 2 * k);
-        const __m128i x = _mm_loadu_si128((const __m128i *)lines), y = _mm_loadu_si128((const __m128i *)(lines + step));
-        a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(x, y)), weight)); /* 0-7 */
-        b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(x, y)), weight)); /* 8-15 */
+    const __m256i most = _mm256_set1_epi16(255 << BETWEEN_BITS);
+    for (int x = 0; x < size; x++) {
+        const int16_t *weights = taps->weights + (size_t)x * 2 * taps->pairs;
+        const __m128i *line = (const __m128i *)(in + (ptrdiff_t)taps->start[x] * CHANNELS * STRIPE);
+        int16_t *to = out + (ptrdiff_t)(flip ? size - 1 - x : x) * STRIPE;
+        __m256i low[CHANNELS], high[CHANNELS]; /* rows 0-7 and 8-15 */
+        for (int channel = 0; channel < CHANNELS; channel++)
+            low[channel] = high[channel] = _mm256_set1_epi32(1 << (bits - 1));
+        for (int k = 0; k < taps->pairs; k++, line += 2 * CHANNELS) {
+            const __m256i weight = pair_of(weights + 2 * k);
+            for (int channel = 0; channel < CHANNELS; channel++) {
+                const __m128i a = _mm_loadu_si128(line + channel), b = _mm_loadu_si128(line + CHANNELS + channel);
+                low[channel] = two_taps(low[channel], _mm_unpacklo_epi8(a, b), weight);
+                high[channel] = two_taps(high[channel], _mm_unpackhi_epi8(a, b), weight);
+            }
+        }
+        for (int channel = 0; channel < CHANNELS; channel++, to += (ptrdiff_t)size * STRIPE) {
+            __m256i words = _mm256_packs_epi32(_mm256_srai_epi32(low[channel], bits),
+                                               _mm256_srai_epi32(high[channel], bits));
+            words = _mm256_permute4x64_epi64(words, 0xD8); /* 0-3 8-11 4-7 12-15 → in order */
+            words = _mm256_max_epi16(_mm256_setzero_si256(), _mm256_min_epi16(words, most));
+            _mm256_storeu_si256((__m256i *)to, words);
+        }
     }
-    __m256i words = _mm256_packs_epi32(_mm256_srai_epi32(a, bits), _mm256_srai_epi32(b, bits)); /* 0-3 8-11 4-7 12-15 */
-    words = _mm256_permute4x64_epi64(words, 0xD8);
-    words = _mm256_max_epi16(_mm256_setzero_si256(), _mm256_min_epi16(words, _mm256_set1_epi16(255 << BETWEEN_BITS)));
-    _mm256_storeu_si256((__m256i *)out, words);
 }
 
 AVX2 static void sum_words_avx2(uint8_t *out, const int16_t *const *lines, const int16_t *weights, int pairs,
@@ -219,15 +243,15 @@ AVX2 static void transpose_words_avx2(int16_t *const *out, const int16_t *in, in
 }
 #endif
 
-static void sum_bytes(int fast, int16_t *out, const uint8_t *lines, ptrdiff_t step, const int16_t *weights, int pairs) {
+static void pass_along(int fast, int16_t *out, const uint8_t *in, const Taps *taps, int size, int flip) {
 #ifdef HAVE_AVX2
     if (fast) {
-        sum_bytes_avx2(out, lines, step, weights, pairs);
+        pass_along_avx2(out, in, taps, size, flip);
         return;
     }
 #endif
     (void)fast;
-    sum_bytes_plain(out, lines, step, weights, pairs);
+    pass_along_plain(out, in, taps, size, flip);
 }
 
 static void sum_words(int fast, uint8_t *out, const int16_t *const *lines, const int16_t *weights, int pairs,
@@ -281,7 +305,7 @@ static int resize(uint8_t *out, const uint8_t *picture, ptrdiff_t step, const Pl
     const int ring = 2 * down.pairs + 2 * STRIPE; /* rows that the second pass may still need, and a new stripe */
     /* At the right border taps of weight 0 reach past the box: room for them, with something in it. */
     uint8_t *turned = calloc(((size_t)width + 2 * along.pairs) * CHANNELS, STRIPE);
-    int16_t *stripe = malloc(sizeof(int16_t) * size * STRIPE);
+    int16_t *stripe = malloc(sizeof(int16_t) * CHANNELS * size * STRIPE);
     int16_t *between = malloc(sizeof(int16_t) * ring * CHANNELS * size); /* [ring, 3, size] */
     const int16_t **lines = malloc(sizeof(*lines) * 2 * (down.pairs + 1));
     done = done && turned && stripe && between && lines;
@@ -294,14 +318,11 @@ static int resize(uint8_t *out, const uint8_t *picture, ptrdiff_t step, const Pl
             int16_t *to[STRIPE];
             for (int j = 0; j < STRIPE; j++) in[j] = box + (ready + j < height ? ready + j : height - 1) * step;
             transpose_bytes(fast, turned, in, width * CHANNELS);
+            pass_along(fast, stripe, turned, &along, size, p->flip != 0);
             for (int channel = 0; channel < CHANNELS; channel++) {
-                for (int x = 0; x < size; x++)
-                    sum_bytes(fast, stripe + (size_t)(p->flip != 0 ? size - 1 - x : x) * STRIPE,
-                              turned + ((ptrdiff_t)along.start[x] * CHANNELS + channel) * STRIPE, CHANNELS * STRIPE,
-                              along.weights + (size_t)x * 2 * along.pairs, along.pairs);
                 for (int j = 0; j < STRIPE; j++)
                     to[j] = between + ((size_t)((ready + j) % ring) * CHANNELS + channel) * size;
-                transpose_words(fast, to, stripe, size);
+                transpose_words(fast, to, stripe + (ptrdiff_t)channel * size * STRIPE, size);
             }
         }
         for (int channel = 0; channel < CHANNELS; channel++) {
