@@ -59,25 +59,31 @@ class Archive:
         return self._start + self._end
 
     def room(self, num_bytes: int) -> memoryview:
-        """The next `num_bytes` of the archive, to be filled; they count when `advance` is called."""
+        """What comes next in the archive, to be filled: whole blocks, at least `num_bytes` of them.
+
+        It counts when `advance` is called; until then it is as it was.
+        """
         if self._end + num_bytes > len(self._buffer):
             self._flush(num_bytes)
-        return self._buffer[self._end : self._end + num_bytes]
+        return self._buffer[self._end :]
 
     def advance(self, num_bytes: int) -> None:
         """The first `num_bytes` of the `room` are filled."""
         self._end += num_bytes
 
-    def add(self, name: str, content: bytes) -> None:
-        """Append a whole (small) member."""
-        room = self.room(BLOCK + padded(len(content)))
-        room[:BLOCK] = ustar_header(name, size=len(content))
-        room[BLOCK:] = content.ljust(padded(len(content)), b"\0")
-        self.advance(len(room))
+    def add(self, name: str, content: bytes | bytearray) -> int:
+        """Append a whole member; the position of its contents."""
+        size, end = len(content), BLOCK + padded(len(content))
+        room = self.room(end)
+        room[:BLOCK] = ustar_header(name, size=size)
+        room[BLOCK : BLOCK + size] = content
+        room[BLOCK + size : end] = bytes(end - BLOCK - size)
+        self.advance(end)
+        return self.position - end + BLOCK
 
     def finish(self) -> tuple[int, str]:
         """End the archive and wait until all is written; its size and sha256."""
-        self.room(len(END))[:] = END
+        self.room(len(END))[: len(END)] = END
         self.advance(len(END))
         self._digest.update(self._buffer[self._hashed : self._end])
         self._full.put((self._buffer, self._end))
@@ -101,7 +107,7 @@ class Archive:
         rest = self._end - whole
         following = self._free.get()
         if rest + wanted > len(following):
-            following = _new_buffer(rest + wanted + _ALIGNMENT)
+            following = _new_buffer(padded(rest + wanted))
         following[:rest] = self._buffer[whole : self._end]
         self._full.put((self._buffer, whole))
         self._buffer, self._start, self._end, self._hashed = following, self._start + whole, rest, rest

@@ -19,7 +19,7 @@ from shards.offsets import Skipped, offset_name, pack_columns
 from shards.places import Location, folder_at
 from shards.sources import Source
 from shards.storage import printable, write_atomic
-from shards.tar import BLOCK, padded, ustar_header
+from shards.tar import BLOCK
 
 MAX_IMAGE_BYTES = 1 << 30
 _HEADERS_AT_ONCE = 1024
@@ -50,12 +50,9 @@ def size_ratio(source: Source, numbers: Sequence[int], *, options: Options) -> f
     """By how much images get smaller when they are resized, in bytes, measured on some of them; at most 1."""
     before = after = 0
     for number in numbers:
-        data = memoryview(bytearray(max(0, int(source.sizes[number]))))
         with contextlib.suppress(DecodeError):
-            source.read(number, data)
-            smaller, _ = _decode(data, _inspect(data, max_pixels=options.max_pixels), options)
-            before += len(data)
-            after += len(data if smaller is None else smaller)
+            after += len(_changed(source, number, options=options)[0])
+            before += int(source.sizes[number])
     return min(1.0, after / before) if before else 1.0
 
 
@@ -68,9 +65,10 @@ def write_shard(
     """
     samples: list[_Written] = []
     skipped: list[Skipped] = []
+    add = _add_changed if options.json_member or options.decode_check or options.resize else _add_as_they_are
     with writing_archive(place) as archive, source.reading(numbers.tolist()):
         for part in np.split(numbers, range(_HEADERS_AT_ONCE, len(numbers), _HEADERS_AT_ONCE)):
-            _add_images(archive, source, part, keys=keys, options=options, samples=samples, skipped=skipped)
+            add(archive, source, part, keys=keys, options=options, samples=samples, skipped=skipped)
         num_bytes, sha256 = archive.finish()
     chosen, extensions, starts, sizes, crc32 = zip(*samples, strict=True) if samples else [()] * 5
     offsets = pack_columns(
@@ -93,7 +91,7 @@ def write_shard(
     return WrittenShard(name, num_bytes, len(samples), sha256, skipped)
 
 
-def _add_images(
+def _add_as_they_are(
     archive: Archive,
     source: Source,
     numbers: NDArray[np.int64],
@@ -103,48 +101,98 @@ def _add_images(
     samples: list[_Written],
     skipped: list[Skipped],
 ) -> None:
+    """Add images with their labels: as many at a time as a buffer has room for, laid out in it before they are read."""
     chosen, sizes, labels = numbers.tolist(), source.sizes[numbers].clip(0), source.labels[numbers]
-    names = [source.names[number] for number in chosen]
-    extensions = [name[name.rfind(".") + 1 :].lower() for name in names]
+    extensions = [_extension(source.names[number]) for number in chosen]
     encoded = [keys[number].encode() for number in chosen]
     members = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
-    headers = ustar_headers(members, sizes).tobytes()
-    tails = label_members(encoded, labels.clip(0)).tobytes() if source.class_names else b""
-    ends = BLOCK + -(-sizes // BLOCK) * BLOCK  # of an image's blocks, counted from its header on
-    rows = zip(chosen, extensions, sizes.tolist(), ends.tolist(), labels.tolist(), strict=True)
-    for i, (number, extension, size, filled, label) in enumerate(rows):
-        start = archive.position + BLOCK
-        room = archive.room(filled + 2 * BLOCK)  # to the end of the label
-        data = room[BLOCK : BLOCK + size]
+    headers = ustar_headers(members, sizes)
+    tails = label_members(encoded, labels.clip(0)).reshape(-1, 2, BLOCK)
+    images = BLOCK + -(-sizes // BLOCK) * BLOCK
+    ends = np.cumsum(images + 2 * BLOCK * (labels >= 0))
+    starts = np.append(0, ends[:-1])
+    first = 0
+    while first < len(chosen):
+        room = archive.room(int(ends[first] - starts[first]))
+        part = slice(first, int(np.searchsorted(ends, starts[first] + len(room), side="right")))
+        begin = starts[part] - starts[first]  # in the room, as are all positions from here on
+        blocks = np.frombuffer(room, dtype=np.uint8).reshape(-1, BLOCK)
+        blocks[(begin + images[part]) // BLOCK - 1] = 0  # the images' last blocks, which they need not fill
+        blocks[begin // BLOCK] = headers[part]
+        labelled = np.flatnonzero(labels[part] >= 0)
+        after = (begin + images[part])[labelled] // BLOCK
+        blocks[after], blocks[after + 1] = tails[part][labelled, 0], tails[part][labelled, 1]
+        crc32: list[int] = []
+        begins, sizes_ = (begin + BLOCK).tolist(), sizes[part].tolist()
+        for number, begin_, size in zip(chosen[part], begins, sizes_, strict=True):
+            data = room[begin_ : begin_ + size]
+            try:
+                _read(source, number, data, options=options)
+            except DecodeError as error:
+                skipped.append((printable(source.paths[number]), str(error)))
+                first += 1  # the images after it are laid out anew
+                break
+            crc32.append(zlib.crc32(data))
+        if crc32:
+            done = len(crc32)
+            offsets = (archive.position + begin[:done] + BLOCK).tolist()
+            samples += zip(chosen[part][:done], extensions[part][:done], offsets, sizes_[:done], crc32, strict=True)
+            archive.advance(int(ends[part][done - 1] - starts[part][0]))
+            first += done
+
+
+def _add_changed(
+    archive: Archive,
+    source: Source,
+    numbers: NDArray[np.int64],
+    *,
+    keys: Sequence[str],
+    options: Options,
+    samples: list[_Written],
+    skipped: list[Skipped],
+) -> None:
+    """Add images one by one, with whatever is done to them, and with their labels and JSON."""
+    for number in numbers.tolist():
         try:
-            if size > MAX_IMAGE_BYTES:
-                raise DecodeError(f"{size} bytes is above the limit of {MAX_IMAGE_BYTES} for one image")
-            source.read(number, data)
-            info = _inspect(data, max_pixels=options.max_pixels)
+            data, extension, info = _changed(source, number, options=options)
             about = source.about(number) if options.json_member else {}
-            smaller = None
-            if options.resize or options.decode_check:
-                smaller, info = _decode(data, info, options)
         except DecodeError as error:
             skipped.append((printable(source.paths[number]), str(error)))
             continue
-        if smaller is None:
-            room[:BLOCK] = headers[i * BLOCK : (i + 1) * BLOCK]
-            room[BLOCK + size : filled] = bytes(filled - BLOCK - size)
-        else:
-            extension, size, filled = "jpg", len(smaller), BLOCK + padded(len(smaller))
-            room = archive.room(filled + 2 * BLOCK)
-            data = room[BLOCK : BLOCK + size]
-            room[:BLOCK] = ustar_header(f"{keys[number]}.jpg", size=size)
-            room[BLOCK:filled] = smaller + bytes(filled - BLOCK - size)
-        if label >= 0:
-            room[filled : filled + 2 * BLOCK] = tails[i * 2 * BLOCK : (i + 1) * 2 * BLOCK]
-            filled += 2 * BLOCK
-        archive.advance(filled)
-        samples.append((number, extension, start, size, zlib.crc32(data)))
+        offset = archive.add(f"{keys[number]}.{extension}", data)
+        samples.append((number, extension, offset, len(data), zlib.crc32(data)))
+        if source.labels[number] >= 0:
+            archive.add(f"{keys[number]}.cls", b"%d" % source.labels[number])
         if options.json_member:
             about = {"path": source.paths[number], **about, "width": info.width, "height": info.height}
             archive.add(f"{keys[number]}.json", json.dumps(about).encode())
+
+
+def _changed(source: Source, number: int, *, options: Options) -> tuple[bytes | bytearray, str, ImageInfo]:
+    """The bytes of an image as they are to be stored, their ending and header."""
+    data = bytearray(max(0, int(source.sizes[number])))
+    info = _read(source, number, memoryview(data), options=options)
+    if options.resize or options.decode_check:
+        from shards.reencode import check_decodes, shrink  # here, since it brings torch, which takes seconds
+
+        if options.resize and min(info.width, info.height) > options.resize:
+            smaller = shrink(bytes(data), info, short_side=options.resize, quality=options.quality)
+            return smaller, "jpg", inspect(smaller, max_pixels=options.max_pixels)
+        if options.decode_check:
+            check_decodes(bytes(data), info)
+    return data, _extension(source.names[number]), info
+
+
+def _extension(name: str) -> str:
+    return name[name.rfind(".") + 1 :].lower()
+
+
+def _read(source: Source, number: int, into: memoryview, *, options: Options) -> ImageInfo:
+    """Read an image and its header."""
+    if len(into) > MAX_IMAGE_BYTES:
+        raise DecodeError(f"{len(into)} bytes is above the limit of {MAX_IMAGE_BYTES} for one image")
+    source.read(number, into)
+    return _inspect(into, max_pixels=options.max_pixels)
 
 
 def _inspect(data: memoryview, *, max_pixels: int) -> ImageInfo:
@@ -158,19 +206,3 @@ def _inspect(data: memoryview, *, max_pixels: int) -> ImageInfo:
                 pass  # a long EXIF or colour profile comes first, or something is wrong
         head = bytes(data)
     return inspect(head, max_pixels=max_pixels)
-
-
-def _decode(data: memoryview, info: ImageInfo, options: Options) -> tuple[bytes | None, ImageInfo]:
-    """Decode an image whole, as it is asked for: smaller as a new JPEG, or None where its bytes stay; and its header.
-
-    Raises:
-        DecodeError: it does not decode.
-    """
-    from shards.reencode import check_decodes, shrink  # here, since they bring torch, which takes seconds
-
-    if options.resize and min(info.width, info.height) > options.resize:
-        smaller = shrink(bytes(data), info, short_side=options.resize, quality=options.quality)
-        return smaller, inspect(smaller, max_pixels=options.max_pixels)
-    if options.decode_check:
-        check_decodes(bytes(data), info)
-    return None, info
