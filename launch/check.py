@@ -23,6 +23,7 @@ from typing import Any
 
 from launch.job import Job
 from scaler.recipe import Recipe
+from shards.places import without_secrets
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "timm")
 _CLOCK_SECONDS = 2.0
@@ -71,9 +72,11 @@ def check_hosts(job: Job, recipe: Recipe, *, kind: str) -> Report:
         return Report(unchecked=[f"the {job.nodes} machines, whose names are not known; give --hosts"])
     names = [host.name for host in job.hosts] or [_HERE]
     report = Report(hosts=tuple(names))
-    shards, folders = _local(recipe.data.shards), [recipe.run.dir, recipe.checkpoint.dir or recipe.run.dir]
+    shards, folders = _shards(recipe), [recipe.run.dir, recipe.checkpoint.dir or recipe.run.dir]
     if shards is None:
-        report.unchecked.append(f"data.shards on the hosts, since {recipe.data.shards} is remote")
+        report.unchecked.append(
+            f"data.shards on the hosts, since {without_secrets(recipe.data.shards)} is remote or a stream"
+        )
     if job.hosts and kind == "deepspeed" and shutil.which("pdsh") is None:
         report.problems.append(f"{_HERE}: pdsh is missing, with which deepspeed reaches hosts; apt-get install pdsh")
     if len(names) > 1:
@@ -194,7 +197,7 @@ def _unfit(found: dict[str, dict[str, Any]], *, job: Job, recipe: Recipe) -> Ite
         if "listener" not in facts:
             yield f"{name}: {os.getcwd()}: {facts['folder']}; run this where every host has the same folder"
             continue
-        if _local(recipe.data.shards) is not None and facts["index"] is None:
+        if _shards(recipe) is not None and facts["index"] is None:
             yield f"{name}: data.shards: no {recipe.data.shards}/index.json there; copy the shards, or share the folder"
         for place in facts["written"]:
             if place["error"] is not None:
@@ -239,6 +242,11 @@ def _apart(
                     f"{probe.name}: does not see what {name} writes to {place['folder']}; all hosts need one run.dir "
                     "(and checkpoint.dir), on a shared file system"
                 )
+
+
+def _shards(recipe: Recipe) -> str | None:
+    """The local folder with the index, if that is where the recipe's shards are."""
+    return _local(recipe.data.shards) if recipe.data.reader == "indexed" else None
 
 
 def _local(path: str) -> str | None:

@@ -213,7 +213,7 @@ def _paths(recipe: Any) -> dict[str, str]:
     found = {
         "run.dir": recipe.run.dir,
         "checkpoint.dir": recipe.checkpoint.dir,
-        "data.shards": recipe.data.shards,
+        "data.shards": recipe.data.shards if recipe.data.reader == "indexed" else None,
         "data.val_shards": recipe.data.val_shards,
     }
     return {key: path for key, path in found.items() if path is not None and "://" not in path}

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 
 from scaler.checkpoint import read_manifest, run_checkpoints
 from scaler.collectives import World
+from scaler.data import build_order
 from scaler.recipe import Recipe, load_recipe
-from scaler.train import build_method, build_order
+from scaler.train import build_method
 from shards.index import ShardIndex
 from shards.loader import ShardLoader
 from shards.order import GlobalBatch
@@ -60,6 +61,11 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
     if step < 1:
         raise ValueError(f"step {step}: steps count from 1, as in metrics.jsonl")
     recipe = load_run_recipe(run_dir)
+    if recipe.data.reader == "stream":
+        raise ValueError(
+            f"{run_dir} reads a stream, whose steps cannot be looked up; index its shards (`scaler index`) and train "
+            "with data.reader=indexed for that"
+        )
     index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
     for checkpoint in run_checkpoints(run_dir)[:1]:
         fingerprint = read_manifest(checkpoint)["fingerprint"]

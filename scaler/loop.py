@@ -33,7 +33,7 @@ class Plan:
     stop_step: int
     global_batch_size: int
     num_micro_batches: int
-    num_samples: int
+    num_samples: int | None  # None: of a stream nobody knows
     log_every: int
     save_every: int  # steps; 0: by the clock alone
     save_minutes: float  # 0: by steps alone
@@ -152,7 +152,9 @@ def train(
 
             watch.beat("log", step=step + 1)
             if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
-                row = {"step": progress.step, "images": progress.images, "epoch": progress.images / plan.num_samples}
+                row: dict[str, Any] = {"step": progress.step, "images": progress.images}
+                if plan.num_samples is not None:
+                    row["epoch"] = progress.images / plan.num_samples
                 means, pending = reduce_metrics(metrics, rejections.pending, world)
                 row |= means
                 row |= {**hyper, "grad_norm": result.grad_norm, **strategy.loss_scale.report()}

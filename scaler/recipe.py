@@ -50,13 +50,19 @@ IntervalText = Annotated[str, BeforeValidator(_interval)]
 class Data(Section):
     """Where the images come from and how the global batch is drawn (`shards.order`)."""
 
-    shards: str = Field(description="folder or URL that holds index.json")
+    shards: str = Field(
+        description="folder or URL that holds index.json; with reader stream, shards as webdataset names them: paths "
+        "or URLs with braces, several joined by '::', pipe: commands"
+    )
     val_shards: str | None = Field(None, description="labelled shards for evaluation")
-    reader: Literal["indexed"] = "indexed"
+    reader: Literal["indexed", "stream"] = Field(
+        "indexed", description="stream: shards without an index, drawn with replacement, resumed approximately"
+    )
+    allow_pipes: bool = Field(False, description="reader stream: run the pipe: commands among the shards")
     global_batch_size: int = Field(gt=0, description="images per optimiser step over all ranks and micro-batches")
-    num_workers: int = Field(8, ge=0, description="loader processes per rank; never changes results")
+    num_workers: int = Field(8, ge=0, description="loader processes per rank; of indexed shards never changes results")
     image_size: int = Field(gt=0, description="pixels of a (global) crop")
-    shuffle_window: int = Field(2048, gt=0, description="samples of a lane that are shuffled together")
+    shuffle_window: int = Field(2048, gt=0, description="samples of a lane (of a rank's stream) shuffled together")
     lanes: int | Literal["auto"] = "auto"
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="distinct undecodable samples that stop the run")
     max_pixels: int = Field(100_000_000, gt=0, description="images with more pixels are rejected unread")

@@ -23,6 +23,7 @@ _FREE = (
     "data.val_shards",
     "data.num_workers",
     "data.max_bad_fraction",
+    "data.allow_pipes",
     "data.cache_dir",
     "data.cache_size",
 )

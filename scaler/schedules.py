@@ -40,11 +40,20 @@ class Duration:
         amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit}"
 
-    def steps(self, *, global_batch_size: int, num_samples: int) -> int:
-        """The whole number of steps that holds this duration (images and epochs are rounded up)."""
+    def steps(self, *, global_batch_size: int, num_samples: int | None) -> int:
+        """The whole number of steps that holds this duration (images and epochs are rounded up).
+
+        Raises:
+            ValueError: epochs, and nobody knows how many samples there are (`num_samples` None).
+        """
         if self.unit == "steps":
             return math.ceil(self.amount)
-        images = self.amount * (num_samples if self.unit == "epochs" else 1)
+        if self.unit == "epochs" and num_samples is None:
+            raise ValueError(
+                f"{str(self)!r}: a stream (data.reader) has no epochs, since nobody knows how many images it holds; "
+                "give steps or images"
+            )
+        images = self.amount * (num_samples if self.unit == "epochs" and num_samples else 1)
         return math.ceil(round(images / global_batch_size, 9))
 
 

@@ -28,6 +28,7 @@ import yaml
 from scaler import schedules
 from scaler.checkpoint import Checkpointer, Location, load_pieces, locate, read_manifest
 from scaler.collectives import World
+from scaler.data import TrainingData, open_data
 from scaler.layout import Layout, batch_layout, elastic_layout
 from scaler.lock import hold
 from scaler.loop import NonFinite, Plan, Progress, train
@@ -45,11 +46,6 @@ from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import Meeting, dismiss, join, meet, ranks_per_node, wait_for_end
 from scaler.throughput import Supply
 from scaler.watch import Watch
-from shards.index import ShardIndex
-from shards.indexing import sorted_by_class
-from shards.loader import ShardLoader, cached_set_bytes, working_set_bytes
-from shards.order import SampleOrder, default_lanes
-from shards.places import Url
 
 EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 _LET_RANK_0_SPEAK = 5.0  # seconds
@@ -157,21 +153,19 @@ def attempt(
     """
     run_dir = Path(recipe.run.dir)
     watch.beat("reading the index")
-    index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
-    order = build_order(recipe, index)
-    batch = recipe.data.global_batch_size
+    data = open_data(recipe)
 
     watch.beat("building the model")
     method = build_method(recipe, world=world)
-    method.check_classes(index.class_names)
+    data.check(method)
     method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
 
-    steps = step_counter(recipe, num_samples=index.num_samples)
-    plan = make_plan(recipe, steps=steps, num_samples=index.num_samples, num_micro_batches=layout.num_micro_batches)
+    steps = step_counter(recipe, num_samples=data.num_samples)
+    plan = make_plan(recipe, steps=steps, num_samples=data.num_samples, num_micro_batches=layout.num_micro_batches)
     watch.beat("looking for checkpoints")
     checkpointer = Checkpointer(
         run_dir,
@@ -180,14 +174,14 @@ def attempt(
         keep_every=steps(recipe.checkpoint.keep_every) if recipe.checkpoint.keep_every else 0,
         folder=recipe.checkpoint.dir,
     )
-    resolved = resolved_recipe(recipe, index=index, settings=settings)
+    resolved = resolved_recipe(recipe, shards=data.place, settings=settings)
     progress, source = Progress(), find_start(recipe, checkpointer)
     if source is not None:
         manifest = read_manifest(source)
         check_continues(
             manifest,
             recipe=resolved,
-            fingerprint=index.fingerprint,
+            fingerprint=data.fingerprint,
             allowed=recipe.checkpoint.allow_changes,
             path=source,
         )
@@ -199,22 +193,10 @@ def attempt(
     if world.rank == 0:
         (run_dir / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, width=100))
 
-    loader = ShardLoader(
-        index,
-        order,
-        views=method.views,
-        seed=recipe.run.seed,
-        global_batch_size=batch,
-        micro_batch_size=layout.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        ranks_per_node=ranks_per_node(world.size),
-        num_workers=recipe.data.num_workers,
-        start=progress.images,
-        stop=plan.stop_step * batch,
-        max_pixels=recipe.data.max_pixels,
-    )
-    rejections = Rejections(world=world, limit=max(10, int(recipe.data.max_bad_fraction * index.num_samples)))
+    batch = recipe.data.global_batch_size
+    loader = data.loader(method.views, layout=layout, world=world, start=progress.images, stop=plan.stop_step * batch)
+    drawn = data.num_samples or plan.total_steps * batch
+    rejections = Rejections(world=world, limit=max(10, int(recipe.data.max_bad_fraction * drawn)))
     log = MetricsLog(
         run_dir,
         rank=world.rank,
@@ -225,7 +207,7 @@ def attempt(
         supply=Supply(
             num_workers=recipe.data.num_workers,
             processes=ranks_per_node(world.size),
-            remote=isinstance(index.path, Url),
+            remote=data.remote,
             gpu=device.type == "cuda",
         ),
     )
@@ -236,8 +218,7 @@ def attempt(
             log,
             strategy.report(),
             recipe=recipe,
-            index=index,
-            order=order,
+            data=data,
             plan=plan,
             layout=layout,
             started=started,
@@ -255,7 +236,7 @@ def attempt(
             checkpoint_info=lambda: {
                 "images": progress.images,
                 "recipe": resolved,
-                "fingerprint": index.fingerprint,
+                "fingerprint": data.fingerprint,
                 "loss_scale": strategy.loss_scale.state_dict(),
                 "saved_by": strategy.report(),
             },
@@ -290,16 +271,8 @@ def build_method(recipe: Recipe, *, world: World) -> Method:
     return method_class(recipe.method.name)(recipe.method, image_size=recipe.data.image_size, world=world)
 
 
-def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
-    """The order in which the recipe reads these shards."""
-    lanes = recipe.data.lanes
-    if lanes == "auto":
-        lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
-    return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
-
-
-def step_counter(recipe: Recipe, *, num_samples: int) -> Callable[[str], int]:
-    """A function from durations ("10 epochs", …, or "total") to steps of this recipe on so many samples."""
+def step_counter(recipe: Recipe, *, num_samples: int | None) -> Callable[[str], int]:
+    """From durations ("10 epochs", …, or "total") to steps of this recipe on so many samples (None: a stream)."""
 
     def steps(text: str) -> int:
         duration = schedules.Duration.parse(recipe.schedule.total if text == "total" else text)
@@ -396,7 +369,7 @@ def choose_layout(recipe: Recipe, settings: StrategySettings, *, meeting: Meetin
     )
 
 
-def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int, num_micro_batches: int) -> Plan:
+def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int | None, num_micro_batches: int) -> Plan:
     """The run's numbers in steps."""
     total = steps(recipe.schedule.total)
     stop = min(total, steps(recipe.run.stop_after)) if recipe.run.stop_after else total
@@ -434,11 +407,11 @@ def find_start(recipe: Recipe, checkpointer: Checkpointer) -> Location | None:
     return checkpointer.named(resume)
 
 
-def resolved_recipe(recipe: Recipe, *, index: ShardIndex, settings: StrategySettings) -> dict[str, Any]:
+def resolved_recipe(recipe: Recipe, *, shards: str, settings: StrategySettings) -> dict[str, Any]:
     """The recipe with every default and "auto" written out and full paths of shards and checkpoints, as plain data."""
     values = recipe.model_dump(mode="json")
     values["strategy"] = settings.model_dump(mode="json")
-    values["data"]["shards"] = str(index.path.resolve() if isinstance(index.path, Path) else index.path)
+    values["data"]["shards"] = shards
     if recipe.checkpoint.dir is not None:
         place = locate(recipe.checkpoint.dir)
         values["checkpoint"]["dir"] = str(place.resolve() if isinstance(place, Path) else place)
@@ -450,8 +423,7 @@ def announce(
     report: dict[str, Any],
     *,
     recipe: Recipe,
-    index: ShardIndex,
-    order: SampleOrder,
+    data: TrainingData,
     plan: Plan,
     layout: Layout,
     started: int,
@@ -460,42 +432,22 @@ def announce(
 ) -> None:
     """Print what was really engaged."""
     log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
+    images, epochs = "a stream of images", ""
+    if plan.num_samples is not None:
+        images = f"{plan.num_samples} images"
+        epochs = f" ({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs)"
     log.note(
-        f"{recipe.method.name}: {plan.num_samples} images, global batch {plan.global_batch_size} = "
+        f"{recipe.method.name}: {images}, global batch {plan.global_batch_size} = "
         f"{layout.ranks} ranks × {layout.num_micro_batches} micro-batches × {layout.micro_batch_size}, "
-        f"{plan.total_steps} steps "
-        f"({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs), in {recipe.run.dir}"
+        f"{plan.total_steps} steps{epochs}, in {recipe.run.dir}"
     )
     if started > layout.ranks:
         idle = started - layout.ranks
         log.note(f"{layout.ranks} of {started} ranks train, {idle} idle: the batch can be laid over no more of them")
-    announce_data(log, recipe, index=index, order=order, num_nodes=-(-layout.ranks // ranks_per_node(layout.ranks)))
-    if (advice := sorted_by_class(index)) is not None:
-        log.note(f"warning: {advice}")
+    for line in data.notes(layout=layout, resumes=source is not None):
+        log.note(line)
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
-
-
-def announce_data(log: MetricsLog, recipe: Recipe, *, index: ShardIndex, order: SampleOrder, num_nodes: int) -> None:
-    """Print how much is read at a time, and warn where it does not fit the cache."""
-    if index.cache is None:
-        gib = working_set_bytes(index, order) / 2**30
-        log.note(f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)")
-        without_effect = [key for key in ("cache_dir", "cache_size") if key in recipe.data.changed_keys()]
-        if without_effect:
-            keys = " and ".join(f"data.{key}" for key in without_effect)
-            log.note(f"warning: {keys} set, without effect: only shards of a URL are cached, not {index.path}")
-        return
-    needed, bound = cached_set_bytes(index, order, num_nodes=num_nodes) / 1e9, index.cache.max_bytes / 1e9
-    log.note(
-        f"data: {order.lanes} lanes of {index.path}, about {needed:.3g} GB of shards at a time on each node; "
-        f"cached in {index.cache.folder}, at most {bound:.3g} GB"
-    )
-    if needed > bound:
-        log.note(
-            "warning: the cache is smaller than that: samples will be read over the network one by one, or shards more "
-            f"than once; set data.cache_size to {needed:.3g}GB or more, or lower data.lanes or data.shuffle_window"
-        )
 
 
 def make_deterministic(deterministic: bool) -> None:

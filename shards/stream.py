@@ -79,6 +79,12 @@ def expand_sources(sources: str, *, allow_pipes: bool) -> list[str]:
     return urls
 
 
+def resolve_sources(sources: str) -> str:
+    """`sources` with full paths and without secrets, for the run's own recipe."""
+    parts = sources.split("::")
+    return "::".join(without_secrets(part) if _scheme(part) else os.path.abspath(part) for part in parts)
+
+
 def sources_fingerprint(urls: Sequence[str]) -> str:
     """Of a list of sources, without what is secret in them (and may change)."""
     return "stream:" + hashlib.sha256("\n".join(map(without_secrets, urls)).encode()).hexdigest()

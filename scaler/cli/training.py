@@ -31,7 +31,8 @@ def train(
         checked = load_recipe(recipe, overrides=overrides or [])
     except ValueError as error:
         raise WrongUse(str(error)) from None
-    ShardIndex.load(checked.data.shards)  # said once here, instead of by every process
+    if checked.data.reader == "indexed":
+        ShardIndex.load(checked.data.shards)  # said once here, instead of by every process
     command = train_command(recipe, overrides or [], processes=processes, strategy=checked.strategy.name)
     raise typer.Exit(run(command, processes=processes))
 

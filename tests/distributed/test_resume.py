@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from scaler.checkpoint import complete_checkpoints
+from scaler.data import build_order
 from scaler.recipe import load_recipe
-from scaler.train import build_order
 from shards.index import ShardIndex
 from tests.runs import NUM_IMAGES, make_shards, rows, weights, write_recipe
 

@@ -1,0 +1,187 @@
+"""What a run trains on: shards with an index, or (`data.reader: stream`) whatever webdataset can open, without one.
+
+    data = open_data(recipe)
+    loader = data.loader(method.views, layout=layout, world=world, start=0, stop=None)
+
+Of indexed shards everything is known: how many samples there are, which comes when, where a resumed run goes on. Of a
+stream nothing is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from scaler.collectives import World
+from scaler.layout import Layout
+from scaler.methods.base import Batch, Method
+from scaler.recipe import Recipe
+from scaler.strategies.processes import ranks_per_node
+from shards.decode import View
+from shards.index import ShardIndex
+from shards.indexing import sorted_by_class
+from shards.loader import ShardLoader, cached_set_bytes, working_set_bytes
+from shards.order import SampleOrder, default_lanes
+from shards.places import Url
+
+
+class TrainingData(ABC):
+    """The images of a run.
+
+    Attributes:
+        num_samples: how many there are; None where nobody knows.
+        fingerprint: of what they are, for checkpoints.
+        place: `data.shards` for the resolved recipe.
+        remote: whether they come over a network.
+    """
+
+    num_samples: int | None
+    fingerprint: str
+    place: str
+    remote: bool
+
+    @abstractmethod
+    def check(self, method: Method) -> None:
+        """Refuse what `method` cannot be trained on.
+
+        Raises:
+            ValueError: says why.
+        """
+
+    @abstractmethod
+    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> Iterable[Batch]:
+        """This rank's micro-batches from image `start` to `stop`."""
+
+    @abstractmethod
+    def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
+        """What the user should know, a line each."""
+
+
+def open_data(recipe: Recipe) -> TrainingData:
+    """The recipe's training data.
+
+    Raises:
+        ValueError: there is no such thing, in one line.
+    """
+    return StreamData(recipe) if recipe.data.reader == "stream" else IndexedData(recipe)
+
+
+class IndexedData(TrainingData):
+    """Shards with an index, in the order that the recipe gives them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self.index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
+        self.order = build_order(recipe, self.index)
+        self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
+        self.place = str(self.index.path.resolve() if isinstance(self.index.path, Path) else self.index.path)
+        self.remote = isinstance(self.index.path, Url)
+
+    def check(self, method: Method) -> None:
+        """See `TrainingData.check`."""
+        method.check_classes(self.index.class_names)
+
+    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> ShardLoader:
+        """See `TrainingData.loader`."""
+        data = self._recipe.data
+        return ShardLoader(
+            self.index,
+            self.order,
+            views=views,
+            seed=self._recipe.run.seed,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=layout.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            ranks_per_node=ranks_per_node(world.size),
+            num_workers=data.num_workers,
+            start=start,
+            stop=stop,
+            max_pixels=data.max_pixels,
+        )
+
+    def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
+        """See `TrainingData.notes`: how much is read at a time, and whether the cache is too small for it."""
+        index, order, cache = self.index, self.order, self.index.cache
+        if cache is None:
+            gib = working_set_bytes(index, order) / 2**30
+            yield f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)"
+            why = f"only shards of a URL are cached, not {index.path}"
+            yield from _without_effect(self._recipe, "cache_dir", "cache_size", why=why)
+        else:
+            num_nodes = -(-layout.ranks // ranks_per_node(layout.ranks))
+            needed, bound = cached_set_bytes(index, order, num_nodes=num_nodes) / 1e9, cache.max_bytes / 1e9
+            yield (
+                f"data: {order.lanes} lanes of {index.path}, about {needed:.3g} GB of shards at a time on each node; "
+                f"cached in {cache.folder}, at most {bound:.3g} GB"
+            )
+            if needed > bound:
+                yield (
+                    "warning: the cache is smaller than that: samples will be read over the network one by one, or "
+                    f"shards more than once; set data.cache_size to {needed:.3g}GB or more, or lower data.lanes or "
+                    "data.shuffle_window"
+                )
+        yield from _without_effect(self._recipe, "allow_pipes", why="only data.reader=stream runs commands")
+        if (advice := sorted_by_class(index)) is not None:
+            yield f"warning: {advice}"
+
+
+class StreamData(TrainingData):
+    """Shards without an index: drawn with replacement, each rank and worker by itself."""
+
+    num_samples = None
+    remote = True  # a disk may be at the other end, but nothing can be read ahead of it
+
+    def __init__(self, recipe: Recipe) -> None:
+        from shards.stream import StreamLoader, expand_sources, resolve_sources, sources_fingerprint
+
+        self._recipe, self._loader = recipe, StreamLoader
+        self._urls = expand_sources(recipe.data.shards, allow_pipes=recipe.data.allow_pipes)
+        self.fingerprint, self.place = sources_fingerprint(self._urls), resolve_sources(recipe.data.shards)
+
+    def check(self, method: Method) -> None:
+        """See `TrainingData.check`: what labels there are shows as they come, and then the method looks at each."""
+
+    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> Iterable[Batch]:
+        """See `TrainingData.loader`."""
+        data = self._recipe.data
+        return self._loader(
+            self._urls,
+            views=views,
+            seed=self._recipe.run.seed,
+            global_batch_size=data.global_batch_size,
+            micro_batch_size=layout.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=data.num_workers,
+            shuffle_window=data.shuffle_window,
+            start=start,
+            stop=stop,
+            max_pixels=data.max_pixels,
+        )
+
+    def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
+        """See `TrainingData.notes`: what is promised of indexed shards and not of these."""
+        yield (
+            f"data: a stream of {len(self._urls)} sources without an index, drawn with replacement: there are no "
+            "epochs, and which images come depends on the numbers of ranks and workers"
+        )
+        if resumes:
+            yield "warning: resuming is approximate: a stream is drawn anew, not gone on with where it was left"
+        why = "a stream has no index that says where its samples lie"
+        yield from _without_effect(self._recipe, "lanes", "cache_dir", "cache_size", why=why)
+
+
+def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
+    """The order in which the recipe reads these shards."""
+    lanes = recipe.data.lanes
+    if lanes == "auto":
+        lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
+    return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
+
+
+def _without_effect(recipe: Recipe, *keys: str, why: str) -> Iterator[str]:
+    """A warning when some of `keys` were set."""
+    if found := [f"data.{key}" for key in keys if key in recipe.data.changed_keys()]:
+        yield f"warning: {' and '.join(found)} set, without effect: {why}"
