@@ -27,15 +27,15 @@ PEERS = {"webdataset": "webdataset", "litdata": "litdata", "mosaicml-streaming":
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures that are measured, as a folder of class folders and as our shards, and a folder for other forms."""
+    """The pictures that are measured, as a folder and as our shards, and a folder for other forms."""
 
     folder: Path
     shards: Path
     scratch: Path
 
     def paths(self) -> tuple[list[Path], list[int]]:
-        """The files in path order, and the class of each."""
-        found = scan_folder(self.folder, labels=True)
+        """The files in path order, and the class of each (-1: none)."""
+        found = scan_folder(self.folder, labels=None)
         return [self.folder / path for path in found.paths], found.labels.tolist()
 
 

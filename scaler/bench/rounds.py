@@ -27,14 +27,23 @@ class Block:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], int]], *, seconds: float, rounds: int, say: Callable[[str], None]
+    steps: Mapping[str, Callable[[], int]],
+    *,
+    seconds: float,
+    rounds: int,
+    say: Callable[[str], None],
+    after: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[Block]]:
-    """Each contender in turn for at least `seconds`, `rounds` times; a step does some work and says how much."""
+    """Each contender in turn for at least `seconds`, `rounds` times; a step does some work and says how much.
+
+    `after` each turn is not timed.
+    """
     blocks: dict[str, list[Block]] = {name: [] for name in steps}
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
         for name, step in steps.items():
             blocks[name].append(_block(step, seconds))
+            after(name)
     return blocks
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from scaler.cli.common import Json, group, print_table
 
@@ -88,8 +87,8 @@ def bench_loader(
     result = measure(
         source,
         views=views,
-        parts=parts.split(",") if parts else PARTS,
-        peers=[] if peers == "none" else peers.split(",") if peers else tuple(PEERS),
+        parts=_listed(parts, PARTS),
+        peers=_listed(peers, tuple(PEERS)),
         seconds=seconds,
         rounds=rounds,
         images=images,
@@ -99,6 +98,42 @@ def bench_loader(
     _show(result, as_json, as_table, as_lines)
 
 
+@benchmarks.command("convert", epilog="Example: scaler bench convert photos/train")
+def bench_convert(
+    source: Annotated[str | None, typer.Argument(help="A folder of images.", show_default="two made sets")] = None,
+    small: Annotated[int, typer.Option(min=0, help="Files of 6.7 KB that are made; 0: none.")] = 20_000,
+    large: Annotated[int, typer.Option(min=0, help="Files of 110 KB that are made; 0: none.")] = 3_000,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of the rows with several.", show_default="as many as cores")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each one's turn.")] = 3,
+    peers: Annotated[
+        str, typer.Option(help="none, or of webdataset, mosaicml-streaming, litdata.", show_default="all")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Files per second from a folder into shards, ours and others', interleaved on files in the page cache."""
+    from scaler.bench.convert import PEERS, as_lines, as_table, measure
+
+    result = measure(
+        source,
+        small=small,
+        large=large,
+        processes=processes,
+        rounds=rounds,
+        peers=_listed(peers, PEERS),
+        say=_say,
+    )
+    _show(result, as_json, as_table, as_lines)
+
+
+def _listed(text: str, all_: Sequence[str]) -> Sequence[str]:
+    """An option's list: nothing given is all."""
+    if text == "none":
+        return []
+    return text.split(",") if text else all_
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -106,7 +141,7 @@ def _say(text: str) -> None:
 def _show(
     result: dict[str, Any],
     as_json: bool,
-    as_table: Callable[[dict[str, Any]], Table],
+    as_table: Callable[[dict[str, Any]], RenderableType],
     as_lines: Callable[[dict[str, Any]], Iterator[str]],
 ) -> None:
     """One JSON object, or a table and what it means in words."""
