@@ -75,7 +75,8 @@ def check_hosts(job: Job, recipe: Recipe, *, kind: str) -> Report:
     shards, folders = _shards(recipe), [recipe.run.dir, recipe.checkpoint.dir or recipe.run.dir]
     if shards is None:
         report.unchecked.append(
-            f"data.shards on the hosts, since {without_secrets(recipe.data.shards)} is remote or a stream"
+            f"data.shards on the hosts, since {without_secrets(recipe.data.shards)} is "
+            + ("a stream" if recipe.data.reader == "stream" else "remote")
         )
     if job.hosts and kind == "deepspeed" and shutil.which("pdsh") is None:
         report.problems.append(f"{_HERE}: pdsh is missing, with which deepspeed reaches hosts; apt-get install pdsh")
