@@ -19,9 +19,14 @@ import pytest
 import webdataset
 
 from shards.convert import convert
+from shards.decode import View
 from shards.index import ShardIndex, ShardRecord
 from shards.indexing import build_index, sorted_by_class
+from shards.loader import ShardLoader
 from shards.offsets import Sample, pack_offsets
+from shards.order import SampleOrder
+from shards.stream import StreamLoader
+from shards.verify import FileReport, verify
 from tests.images import encode_image, make_image_folder, make_pixels
 
 
@@ -191,6 +196,88 @@ def test_webdataset_writer(tmp_path: Path) -> None:
     assert [image_bytes(build_index(tmp_path, workers=1), id) for id in range(25)] == images
     other = build_index(tmp_path, workers=1, image_extensions=["seg.png", "jpg"])
     assert image_bytes(other, 0) == b"mask" and other.entry(0).extension == "seg.png"
+
+
+def test_img2dataset_layout(tmp_path: Path) -> None:
+    """KEY.jpg, KEY.txt, KEY.json with keys of nine digits, some missing; one shard whose downloads all failed."""
+    images = {f"{shard:05d}{i:04d}": photo(10 * shard + i) for shard in (0, 2) for i in (0, 1, 3, 7)}
+    for shard in range(3):
+        members = {}
+        for key, data in images.items():
+            if key.startswith(f"{shard:05d}"):
+                members |= {f"{key}.jpg": data, f"{key}.txt": b"a caption", f"{key}.json": b'{"status": "success"}'}
+        if not members:
+            members = {f"{shard:05d}0000.json": b'{"status": "failed_to_download"}'}
+        write_tar(tmp_path / f"{shard:05d}.tar", members)
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"of img2dataset")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    index = build_index(tmp_path, workers=2)
+    assert index.keys(range(8)) == list(images) and index.shard_sizes.tolist() == [4, 0, 4]
+    assert [image_bytes(index, id) for id in range(8)] == list(images.values())
+    assert index.skipped() == [("000010000", "no image among its members (json)")]
+    assert verify(tmp_path, workers=1) == [
+        FileReport(name, int(size), (tmp_path / name).stat().st_size, [])
+        for name, size in zip(index.shard_names, index.shard_sizes, strict=True)
+    ]
+    order = SampleOrder(index.shard_sizes, seed=0, lanes=2, shuffle_window=2)
+    loader = ShardLoader(index, order, views=[View("v", 8)], seed=0, global_batch_size=8, micro_batch_size=8, stop=16)
+    assert [sorted(batch["ids"].tolist()) for batch in loader] == [list(range(8))] * 2
+
+
+def test_several_images_a_sample(tmp_path: Path) -> None:
+    left, right = photo(0), photo(1)
+    write_tar(tmp_path / "s.tar", {"a.left.jpg": left, "a.right.jpg": right, "b.Right.JPG": right, "c.left.jpg": left})
+    with pytest.raises(ValueError, match=r"no images .*'a' has no image among its members \(left.jpg, right.jpg\)"):
+        build_index(tmp_path, workers=1)
+    index = build_index(tmp_path, workers=1, image_extensions=["left.jpg"])
+    assert index.keys(range(2)) == ["a", "c"] and image_bytes(index, 0) == left
+    assert index.skipped() == [("b", "no image among its members (right.jpg)")]
+    index = build_index(tmp_path, workers=1, image_extensions=["right.jpg", "left.jpg"])
+    assert [image_bytes(index, id) for id in range(3)] == [right, right, left]
+    assert [index.entry(id).extension for id in range(3)] == ["right.jpg", "right.jpg", "left.jpg"]
+
+
+def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
+    for number in range(6):
+        write_tar(tmp_path / f"{number}.tar", {"a.jpg": photo(number)})
+        if number != 2:
+            (tmp_path / f"{number}.tar").write_bytes((tmp_path / f"{number}.tar").read_bytes()[:700])
+    with pytest.raises(
+        ValueError, match=r"0\.tar is cut off.*; shard .*1\.tar is.*; shard .*3\.tar is.* \(and 2 more\)$"
+    ):
+        build_index(tmp_path, workers=2)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_nothing_in_a_shard_is_run(tmp_path: Path) -> None:
+    """What would do something if it were unpickled, imported or sourced, beside an image and in its place."""
+
+    class Touch:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mknod, (str(tmp_path / "touched"),)
+
+    script = f"open({str(tmp_path / 'touched')!r}, 'w')".encode()
+    evil, endings = pickle.dumps(Touch()), ["pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "cbor", "tenbin", "jpg"]
+    members = {f"a{i}.{ending}": data for i, data in enumerate((evil, script)) for ending in endings}
+    members |= {"b.jpg": photo(0), "b.pkl": evil, "b.cls": b"1", "__init__.py": script, "conftest.py": script}
+    write_tar(tmp_path / "s.tar", members)
+    index = build_index(tmp_path, workers=1)
+    order = SampleOrder(index.shard_sizes, seed=0, lanes=1, shuffle_window=2)
+    loader = ShardLoader(index, order, views=[View("v", 8)], seed=0, global_batch_size=3, micro_batch_size=3, stop=3)
+    (batch,) = loader
+    assert {row["key"] for row in batch["rejected"]} == {"a0", "a1"}
+    (streamed,) = StreamLoader(
+        [str(tmp_path / "s.tar")], views=[View("v", 8)], seed=0, global_batch_size=3, micro_batch_size=3, stop=3
+    )
+    assert set(streamed["labels"].tolist()) == {1}
+    (report,) = verify(tmp_path, workers=1, decode=True)
+    assert len(report.problems) == 2 and not (tmp_path / "touched").exists()
+    with pytest.raises(ValueError, match=r"'b.cls' holds b'.*', which is no class number"):
+        write_tar(tmp_path / "s.tar", {"b.jpg": photo(0), "b.cls": evil[:30]})
+        build_index(tmp_path, workers=1)
+    assert not (tmp_path / "touched").exists()
+    pickle.loads(evil)  # it would have
+    assert (tmp_path / "touched").exists()
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
