@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, ImageFilter
@@ -43,7 +44,7 @@ GEOMETRY = "torchvision v2, geometry only"
 KERNEL, LIBRARY = "scaler (kernel)", "scaler (library)"
 SHUFFLED = ", shuffled"
 COLOURS_STOCK, COLOURS_OURS = "torchvision, image by image (PIL)", "scaler, by batch"
-_BATCH, _RAW_BATCH = 32, 256
+_BATCH, _RAW_BATCH = 32, 1024
 _MEAN, _STD = Method.normalization
 _SIZE = 224  # pixels of simclr and dinov2
 
@@ -222,9 +223,9 @@ def _our_samples(files: Files, shuffled: bool) -> Iterator[bytes]:
     index = ShardIndex.load(files.shards)
     reader, order = SampleReader(index), _order(index, _RAW_BATCH)
     for start in itertools.count(0, _RAW_BATCH):
-        chosen = order.batch(start, _RAW_BATCH).ids.tolist()
-        for id in chosen if shuffled else (i % len(index) for i in range(start, start + _RAW_BATCH)):
-            yield reader.read(index.entry(id))
+        ids = np.arange(start, start + _RAW_BATCH) % len(index)
+        for sample in index.spans(order.batch(start, _RAW_BATCH).ids if shuffled else ids):
+            yield reader.read(sample)
 
 
 def _color(batch: dict[str, Any], augmentation: Augmentation) -> None:

@@ -67,7 +67,7 @@ def measure(
     peers: Sequence[str] = tuple(PEERS),
     seconds: float = 1.0,
     rounds: int = 5,
-    images: int = 1000,
+    images: int = 3000,
     appetite: float = 250.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:

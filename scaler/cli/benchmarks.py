@@ -71,7 +71,7 @@ def bench_loader(
     ] = "",
     seconds: Annotated[float, typer.Option(min=0.001, help="Of each loader in a round.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="Times that it is each loader's turn.")] = 5,
-    images: Annotated[int, typer.Option(min=1, help="So many of the source's, or so many are made.")] = 1000,
+    images: Annotated[int, typer.Option(min=1, help="So many of the source's, or so many are made.")] = 3000,
     appetite: Annotated[
         float, typer.Option(min=1, help="Images per second of one GPU; 250: an H200 with DINOv2's ViT-L.")
     ] = 250.0,
