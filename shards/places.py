@@ -370,30 +370,42 @@ class RemoteFolder(Folder):
         try:
             yield
         except Exception as error:
-            raise _as_os_error(error, place) from error
+            raise _plain_error(error, place) from error
 
 
-def _as_os_error(error: Exception, place: Url) -> OSError:
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+def _plain_error(error: Exception, place: Url) -> OSError | ValueError:
+    """What `Folder` promises to raise."""
+    causes = [error, *_causes(error)]
+    status = next(filter(None, map(_status, causes)), None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         more = "" if str(place) in without_secrets(str(error)) else f" ({_line(error)})"
         return FileNotFoundError(f"{place}: not found{more}")
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__.endswith("CredentialsError"):
         advice = "check your credentials for it, or that it may be read by all"
         return PermissionError(f"{place}: refused ({_line(error)}); {advice}")
-    if _is_unknown_host(error):
+    if status == 416:
+        return ValueError(f"{place} ends before the bytes that were asked for")
+    unknown = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+    if any(isinstance(cause, socket.gaierror) and cause.errno in unknown for cause in causes):
         return NoSuchHostError(f"{place}: no such host; check its name and the network")
     kind = TimeoutError if isinstance(error, TimeoutError | asyncio.TimeoutError) else OSError
     return kind(f"{place}: {_line(error)}")
 
 
-def _is_unknown_host(error: BaseException | None) -> bool:
-    while error is not None:
-        cause = getattr(error, "os_error", error)  # aiohttp's
-        if isinstance(cause, socket.gaierror) and cause.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", -5)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What an error came from, in whatever way its library says so."""
+    for cause in (getattr(error, "os_error", None), error.__cause__ or error.__context__):
+        if isinstance(cause, BaseException):
+            yield cause
+            yield from _causes(cause)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error of aiohttp, requests or botocore."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None) or getattr(response, "status_code", None)
 
 
 def _line(error: BaseException) -> str:

@@ -109,6 +109,15 @@ class Nginx:
             self.process.wait()
             self.process = None
 
+    def kill(self) -> None:
+        """SIGKILL, worker processes included: answers end in the middle."""
+        if self.process is not None:
+            for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
     def requests(self) -> list[Request]:
         """What was asked for so far."""
         return [_parse(line) for line in (self.work / "access.log").read_text().splitlines()]

