@@ -15,7 +15,7 @@ STAMP := .venv/.installed
 venv: $(STAMP)
 
 # A Python without ensurepip (Debian without python3-venv) gets its pip from the system's pip.
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt shards/_kernel.c
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt shards/_kernel.c shards/_files.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "scaler needs Python 3.11 or newer; name one with PYTHON=…" >&2; exit 1; }
 	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv .venv; else \

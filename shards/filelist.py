@@ -61,14 +61,13 @@ def scan_list(source: Path, table: Path, *, labels: bool | None) -> Files:
         why = f"; the first, {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise ValueError(f"none of the {len(listed)} files listed in {table} can be used{why}")
     columns = np.array(list(rows.values()), dtype=np.int64)
-    encoded = [os.fsencode(path) for path in rows]
     return Files(
         root=root,
         paths=list(rows),
         sizes=columns[:, 1].copy(),
         labels=columns[:, 0].copy(),
         class_names=[printable(name) for name in names],
-        digest=files_digest([*encoded, *map(os.fsencode, names)], columns),
+        digest=files_digest([*rows, *names], columns),
         rejected=sorted(rejected),
         ignored=sorted(ignored),
     )

@@ -20,9 +20,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 @dataclass
 class _Found:
-    images: list[str] = field(default_factory=list)  # paths; the other two columns belong to them
-    sizes: list[int] = field(default_factory=list)  # in bytes, -1: unknown
-    times: list[int] = field(default_factory=list)  # of the last change, in nanoseconds
+    images: list[tuple[str, int, int]] = field(default_factory=list)  # path, size, time of the last change
     rejected: list[Skipped] = field(default_factory=list)
     ignored: list[Skipped] = field(default_factory=list)
 
@@ -42,7 +40,7 @@ def scan_folder(source: Path, *, labels: bool | None) -> Files:
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder; give the folder that holds the images or the class folders")
     found = _walk(source)
-    loose = [path for path in found.images if "/" not in path]
+    loose = [path for path, _, _ in found.images if "/" not in path]
     nested = len(loose) < len(found.images)
     if labels is None and nested and loose:
         raise ValueError(
@@ -50,19 +48,22 @@ def scan_folder(source: Path, *, labels: bool | None) -> Files:
             "sub-folders are classes, the loose images are left out) or labels=False (no classes)"
         )
     labelled = nested if labels is None else labels
-    if labelled:
+    if labelled and loose:
         found.ignored += [(path, "outside of the class folders") for path in loose]
-    kept = [i for i, path in enumerate(found.images) if "/" in path] if labelled and loose else range(len(found.images))
-    encoded = list(map(os.fsencode, found.images))
-    order = sorted(kept, key=encoded.__getitem__)
-    paths = [found.images[i] for i in order]
-    folders = [path.partition("/")[0] for path in paths] if labelled else []
+        found.images = [image for image in found.images if "/" in image[0]]
+    if not all(path.isascii() for path, _, _ in found.images):
+        found.images.sort(key=lambda image: os.fsencode(image[0]))
+    else:
+        found.images.sort()  # the same order, without the bytes
+    paths = [path for path, _, _ in found.images]
+    folders = [path[: path.index("/")] for path in paths] if labelled else []
     names = _class_folders(source, set(folders), found) if labelled else []
     if not paths:
         others = f"; it holds {len(found.ignored)} other files" if found.ignored else ""
         raise ValueError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {source}{others}")
     numbers = {name: number for number, name in enumerate(names)}
-    sizes = np.array(found.sizes, dtype=np.int64)[order]
+    sizes = np.array([size for _, size, _ in found.images], dtype=np.int64)
+    times = np.array([time for _, _, time in found.images], dtype=np.int64)
     labels_column = [numbers[folder] for folder in folders] if labelled else np.full(len(paths), -1)
     return Files(
         root=str(source),
@@ -70,15 +71,15 @@ def scan_folder(source: Path, *, labels: bool | None) -> Files:
         sizes=sizes,
         labels=np.array(labels_column, dtype=np.int64),
         class_names=[printable(name) for name in names],
-        digest=files_digest([encoded[i] for i in order], sizes, np.array(found.times, dtype=np.int64)[order]),
+        digest=files_digest(paths, sizes, times),
         rejected=sorted((printable(path), why) for path, why in found.rejected),
         ignored=sorted((printable(path), why) for path, why in found.ignored),
     )
 
 
-def files_digest(paths: list[bytes], *columns: NDArray[np.int64]) -> str:
+def files_digest(paths: list[str], *columns: NDArray[np.int64]) -> str:
     """A sha256 that changes with the paths and with any number that belongs to them."""
-    digest = hashlib.sha256(b"\0".join(paths))
+    digest = hashlib.sha256(os.fsencode("\0".join(paths)))
     for column in columns:
         digest.update(column.tobytes())
     return digest.hexdigest()
@@ -114,10 +115,7 @@ def _walk(source: Path) -> _Found:
                     elif name[name.rfind(".") + 1 :].lower() in IMAGE_EXTENSIONS and (
                         name[0] != "." or image_extension(name)  # `.jpg` is a name without an ending
                     ):
-                        size, time = _size_and_time(entry)
-                        found.images.append(prefix + name)
-                        found.sizes.append(size)
-                        found.times.append(time)
+                        found.images.append((prefix + name, *_size_and_time(entry)))
                     else:
                         found.ignored.append((prefix + name, "not an image ending"))
         except OSError as error:

@@ -244,7 +244,7 @@ def scan_shards(
         sizes=columns[:, 1].copy(),
         labels=columns[:, 2].copy(),
         class_names=_class_names(names, num_classes=int(columns[:, 2].max()) + 1),
-        digest=files_digest([os.fsencode(sample.source) for sample in samples], columns, numbers),
+        digest=files_digest([sample.source for sample in samples], columns, numbers),
         rejected=[],
         ignored=skipped,
         keys=[f"{sample.key}.{sample.extension.rpartition('.')[2]}" for sample in samples],

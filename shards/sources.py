@@ -21,6 +21,11 @@ from shards.image_header import DecodeError
 from shards.offsets import Skipped
 from shards.storage import printable
 
+try:
+    from shards import _files  # type: ignore[attr-defined]
+except ImportError:  # no compiler, or not for this processor
+    _files = None
+
 _SPARE = bytearray(1)  # a file that has grown since it was listed shows by one byte that lands here
 
 
@@ -60,6 +65,15 @@ class Source(ABC):
             ValueError: it is not what was listed.
         """
 
+    def read_many(
+        self, numbers: Sequence[int], room: memoryview, begins: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> list[int]:
+        """Read images to `room` at `begins` (int64 [n]; `sizes` likewise), as far as that is faster than one by one.
+
+        It stops before the first with which something is wrong. The crc32 of each that was read.
+        """
+        return []
+
     def reading(self, numbers: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """A block in which these images, no others, are read, in this order."""
         return contextlib.nullcontext()
@@ -74,6 +88,20 @@ class Files(Source):
     """Image files below the folder `root`."""
 
     root: str
+
+    def read_many(
+        self, numbers: Sequence[int], room: memoryview, begins: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> list[int]:
+        """See `Source.read_many`."""
+        if _files is None:
+            return []
+        crc32 = np.empty(len(numbers), dtype=np.uint32)
+        folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            count = _files.read_files(folder, [self.paths[number] for number in numbers], room, begins, sizes, crc32)
+        finally:
+            os.close(folder)
+        return crc32[:count].tolist()
 
     def read(self, number: int, into: memoryview) -> None:
         """See `Source.read`."""

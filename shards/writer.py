@@ -65,6 +65,11 @@ def write_shard(
     """
     samples: list[_Written] = []
     skipped: list[Skipped] = []
+    too_large = np.flatnonzero(source.sizes[numbers] > MAX_IMAGE_BYTES)
+    for number in numbers[too_large].tolist():
+        why = f"{source.sizes[number]} bytes is above the limit of {MAX_IMAGE_BYTES} for one image"
+        skipped.append((printable(source.paths[number]), why))
+    numbers = np.delete(numbers, too_large)
     add = _add_changed if options.json_member or options.decode_check or options.resize else _add_as_they_are
     with writing_archive(place) as archive, source.reading(numbers.tolist()):
         for part in np.split(numbers, range(_HEADERS_AT_ONCE, len(numbers), _HEADERS_AT_ONCE)):
@@ -122,23 +127,27 @@ def _add_as_they_are(
         labelled = np.flatnonzero(labels[part] >= 0)
         after = (begin + images[part])[labelled] // BLOCK
         blocks[after], blocks[after + 1] = tails[part][labelled, 0], tails[part][labelled, 1]
-        crc32: list[int] = []
-        begins, sizes_ = (begin + BLOCK).tolist(), sizes[part].tolist()
-        for number, begin_, size in zip(chosen[part], begins, sizes_, strict=True):
-            data = room[begin_ : begin_ + size]
+        begins, lengths = (begin + BLOCK).tolist(), sizes[part].tolist()
+        crc32 = source.read_many(chosen[part], room, begin + BLOCK, sizes[part])
+        num_read, usable = len(crc32), len(begins)
+        for i, number in enumerate(chosen[part]):
+            data = room[begins[i] : begins[i] + lengths[i]]
             try:
-                _read(source, number, data, options=options)
+                if i >= num_read:
+                    source.read(number, data)
+                    crc32.append(zlib.crc32(data))
+                _inspect(data, max_pixels=options.max_pixels)
             except DecodeError as error:
                 skipped.append((printable(source.paths[number]), str(error)))
                 first += 1  # the images after it are laid out anew
+                usable = i
                 break
-            crc32.append(zlib.crc32(data))
-        if crc32:
-            done = len(crc32)
-            offsets = (archive.position + begin[:done] + BLOCK).tolist()
-            samples += zip(chosen[part][:done], extensions[part][:done], offsets, sizes_[:done], crc32, strict=True)
-            archive.advance(int(ends[part][done - 1] - starts[part][0]))
-            first += done
+        if usable:
+            offsets = (archive.position + begin[:usable] + BLOCK).tolist()
+            rows = chosen[part][:usable], extensions[part][:usable], offsets, lengths[:usable], crc32[:usable]
+            samples += zip(*rows, strict=True)
+            archive.advance(int(ends[part][usable - 1] - starts[part][0]))
+            first += usable
 
 
 def _add_changed(
@@ -171,7 +180,8 @@ def _add_changed(
 def _changed(source: Source, number: int, *, options: Options) -> tuple[bytes | bytearray, str, ImageInfo]:
     """The bytes of an image as they are to be stored, their ending and header."""
     data = bytearray(max(0, int(source.sizes[number])))
-    info = _read(source, number, memoryview(data), options=options)
+    source.read(number, memoryview(data))
+    info = _inspect(memoryview(data), max_pixels=options.max_pixels)
     if options.resize or options.decode_check:
         from shards.reencode import check_decodes, shrink  # here, since it brings torch, which takes seconds
 
@@ -185,14 +195,6 @@ def _changed(source: Source, number: int, *, options: Options) -> tuple[bytes | 
 
 def _extension(name: str) -> str:
     return name[name.rfind(".") + 1 :].lower()
-
-
-def _read(source: Source, number: int, into: memoryview, *, options: Options) -> ImageInfo:
-    """Read an image and its header."""
-    if len(into) > MAX_IMAGE_BYTES:
-        raise DecodeError(f"{len(into)} bytes is above the limit of {MAX_IMAGE_BYTES} for one image")
-    source.read(number, into)
-    return _inspect(into, max_pixels=options.max_pixels)
 
 
 def _inspect(data: memoryview, *, max_pixels: int) -> ImageInfo:

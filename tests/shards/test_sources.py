@@ -1,0 +1,79 @@
+"""Reading many files at once by the compiled part: the same bytes, crc32 and errors as one by one in Python."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards import sources
+from shards.convert import convert
+from shards.folder import scan_folder
+from tests.images import make_image_folder
+
+compiled = pytest.mark.skipif(sources._files is None, reason="shards/_files.c is not compiled here")
+
+
+@compiled
+@given(st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=8), st.integers(0, 7))
+def test_files_and_their_crc32(tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], gap: int) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    for i, content in enumerate(contents):
+        (folder / f"é{i}.jpg").write_bytes(content)
+    found = scan_folder(folder, labels=None)
+    begins = np.cumsum([gap, *(len(content) + gap for content in contents[:-1])])
+    room = memoryview(bytearray(int(found.sizes.sum()) + gap * (len(contents) + 1)))
+    numbers = list(range(len(contents)))
+    assert found.read_many(numbers, room, begins, found.sizes) == [zlib.crc32(content) for content in contents]
+    for begin, content in zip(begins, contents, strict=True):
+        assert room[begin : begin + len(content)] == content
+
+
+@compiled
+@pytest.mark.parametrize("change", ["grown", "shrunk", "gone", "empty", "a pipe", "unreadable name"])
+def test_it_stops_before_what_is_not_as_listed(tmp_path: Path, change: str) -> None:
+    files = make_image_folder(tmp_path, num_images=5, classes=0)
+    if change == "empty":
+        files[3].write_bytes(b"")
+    found = scan_folder(tmp_path, labels=None)
+    size = int(found.sizes[3])
+    if change in ("grown", "shrunk"):
+        os.truncate(files[3], size + (1 if change == "grown" else -1))
+    elif change == "gone":
+        files[3].unlink()
+    elif change == "a pipe":
+        files[3].unlink()
+        os.mkfifo(files[3])
+    elif change == "unreadable name":
+        found.paths[3] = "x" * 300
+    begins = np.append(0, found.sizes[:-1].cumsum())
+    room = memoryview(bytearray(int(found.sizes.sum())))
+    assert len(found.read_many(range(5), room, begins, found.sizes)) == 3
+    if change != "empty":
+        with pytest.raises(ValueError, match=r"changed since|not a regular file|File name too long"):
+            found.read(3, room[:size])
+
+
+@compiled
+def test_positions_outside_of_the_buffer_are_refused(tmp_path: Path) -> None:
+    make_image_folder(tmp_path, num_images=2, classes=0)
+    found = scan_folder(tmp_path, labels=None)
+    for begins in ([0, 10**9], [-1, 0], [0, 2**62], [0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            found.read_many([0, 1], memoryview(bytearray(5000)), np.array(begins, dtype=np.int64), found.sizes)
+
+
+def test_without_the_compiled_part_the_shards_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_image_folder(tmp_path / "src", num_images=40, format="mixed")
+    (tmp_path / "src/class_0/bad.jpg").write_text("text")
+    reports = [convert(tmp_path / "src", tmp_path / "1", shard_size="20KB", workers=1)]
+    monkeypatch.setattr(sources, "_files", None)
+    reports.append(convert(tmp_path / "src", tmp_path / "2", shard_size="20KB", workers=1))
+    assert reports[0] == reports[1] and len(reports[0].rejected) == 1
+    for file in (tmp_path / "1").glob("shard*"):
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
