@@ -43,8 +43,14 @@ def _interval(value: Any) -> str:
     return _duration(value)
 
 
+def _size(value: Any) -> str:
+    parse_size(str(value))
+    return str(value)
+
+
 DurationText = Annotated[str, BeforeValidator(_duration)]
 IntervalText = Annotated[str, BeforeValidator(_interval)]
+SizeText = Annotated[str, BeforeValidator(_size)]
 
 
 class Data(Section):
@@ -69,13 +75,7 @@ class Data(Section):
     cache_dir: str | None = Field(
         None, description="folder on a local disk for remote shards; null: in the user's cache folder"
     )
-    cache_size: str = Field("100GB", description="bytes that the node's cache of remote shards may take")
-
-    @field_validator("cache_size")
-    @classmethod
-    def _size(cls, value: str) -> str:
-        parse_size(value)
-        return value
+    cache_size: SizeText = Field("100GB", description="bytes that the node's cache of remote shards may take")
 
     def changed_keys(self) -> set[str]:
         """Those whose value is not the default."""
