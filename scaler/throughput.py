@@ -172,11 +172,11 @@ def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
     if not supply.num_workers:
         who = f"the training process itself does the loading, {shares}: it delivers"
     limit = _sorted(stages)[0][0]
-    return (
-        f"{who} {delivered:.0f} images/s, the step wants {wanted:.0f}: "
-        f"{_more_workers(supply, wanted=math.ceil(work / own), idle=supply.remote and limit == 'read')}, or "
-        f"{_relief(limit, supply)}"
-    )
+    network = supply.remote and limit == "read"
+    remedies = [_more_workers(supply, wanted=math.ceil(work / own), idle=network), _relief(limit, supply)]
+    if network:
+        remedies.reverse()
+    return f"{who} {delivered:.0f} images/s, the step wants {wanted:.0f}: {', or '.join(remedies)}"
 
 
 def _more_workers(supply: Supply, *, wanted: int | None, idle: bool = False) -> str:

@@ -17,6 +17,7 @@ from scaler.recipe import load_recipe
 from scaler.throughput import Supply, Throughput, diagnose, waited
 from scaler.train import run
 from shards.convert import convert
+from tests.http import faulty_server
 from tests.images import make_image_folder
 from tests.runs import write_recipe
 
@@ -100,7 +101,11 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
         (row(resize=2.1, decode=0.5), supply(), "a worker spends 81% cropping and resizing, 19% decoding, 0% reading"),
         (row(read=2.1, decode=0.5), supply(), "or put the shards on a faster disk"),
         (row(read=2.1, decode=0.5), supply(remote=True), "local disk (data.cache_size, data.cache_dir)"),
-        (row(read=9.0, decode=0.1), supply(remote=True, cores=2), "raise data.num_workers from 3 to 16"),
+        (
+            row(read=9.0, decode=0.1),
+            supply(remote=True, cores=2),
+            "data.cache_dir), or raise data.num_workers from 3 to",
+        ),
         (row(decode=0.3, wait=0.5), supply(num_workers=0), "the training process itself does the loading, 100% decod"),
         (row(decode=0.3, wait=0.5), supply(), "the workers could deliver 4100 images/s, the step wants 820"),
         (row(decode=2.9, transfer=0.9, step=1.0, wait=0.1), supply(gpu=True), "the copy to the GPU, 900 ms of a step"),
@@ -131,24 +136,24 @@ def test_any_row_gives_one_line_of_advice(figures: dict[str, Any], around: Suppl
     assert re.fullmatch(r"[^\n]{20,600}", diagnose(figures, around))
 
 
-def train_on(folder: Path, *, size: int, num_images: int, **sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fourteen steps of a real run on PNG files (which are always decoded whole); its rows."""
+def make_shards(folder: Path, *, size: int, num_images: int) -> None:
+    """Of PNG files, which are always decoded whole."""
     make_image_folder(folder / "images", num_images=num_images, classes=0, size=size, format="png")
     convert(folder / "images", folder / "shards", workers=1)
-    sections["data"] = {"global_batch_size": 8, **sections.get("data", {})}
-    recipe = write_recipe(
-        folder / "run.yaml",
-        "simclr",
-        shards=folder / "shards",
-        schedule={"total": "14 steps", "warmup": "0 steps"},
-        **sections,
-    )
+
+
+def train_on(folder: Path, **data: Any) -> list[dict[str, Any]]:
+    """Fourteen steps of a real run with one worker on the folder's shards; its rows."""
+    data = {"global_batch_size": 8, "num_workers": 1, "shards": str(folder / "shards"), **data}
+    schedule = {"total": "14 steps", "warmup": "0 steps"}
+    recipe = write_recipe(folder / "run.yaml", "simclr", shards=folder, schedule=schedule, data=data)
     run(load_recipe(str(recipe)))
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_that_its_decoder_holds_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = train_on(tmp_path, size=600, num_images=16, data={"num_workers": 1})
+    make_shards(tmp_path, size=600, num_images=16)
+    rows = train_on(tmp_path)
     assert all(row["seconds/decode"] > row["seconds/resize"] > 0 and row["seconds/read"] > 0 for row in rows)
     assert all(0 < row["seconds/augment"] < row["seconds/step"] for row in rows)
     (line,) = re.findall("warning: training waited for data .*", capsys.readouterr().out)
@@ -158,7 +163,20 @@ def test_a_run_that_its_decoder_holds_up_says_so(tmp_path: Path, capsys: pytest.
     assert "scaler convert --resize" in line
 
 
+def test_a_run_that_a_server_holds_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, size=32, num_images=64)
+    with faulty_server(tmp_path / "shards") as server:
+        server.delay = 0.02
+        rows = train_on(tmp_path, shards=server.url, cache_dir=str(tmp_path / "cache"), cache_size="1KB")
+    assert all(row["seconds/read"] > 8 * 0.02 for row in rows)
+    (line,) = re.findall("warning: training waited for data .*", capsys.readouterr().out)
+    assert re.search(
+        r": a worker spends \d+% reading, .*: give whole shards room on a local disk \(data.cache_size", line
+    )
+
+
 def test_a_run_that_its_model_holds_up_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = train_on(tmp_path, size=32, num_images=64, data={"num_workers": 1, "global_batch_size": 64})
+    make_shards(tmp_path, size=32, num_images=64)
+    rows = train_on(tmp_path, global_batch_size=64)
     assert rows[-1]["data_wait"] < 0.2
     assert "warning: training waited" not in capsys.readouterr().out
