@@ -29,7 +29,17 @@ from shards.image_header import DEFAULT_MAX_PIXELS, DecodeError, ImageInfo, insp
 from shards.random import Key, keyed_uniform
 from shards.resize import Cut, Pixels, cut
 
-__all__ = ["DEFAULT_MAX_PIXELS", "DecodeError", "ImageInfo", "View", "decode_into", "decode_views", "draw", "inspect"]
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "DecodeError",
+    "ImageInfo",
+    "View",
+    "decode_into",
+    "decode_picture",
+    "decode_views",
+    "draw",
+    "inspect",
+]
 
 _TRIES = 10
 _UNIFORMS = 4 * _TRIES + 1  # (area, ratio, top, left) of every try, then the flip
@@ -138,7 +148,7 @@ def decode_into(
     scale = 1
     if info.format == "jpeg" and info.components != 4:
         scale = next((s for s in _SCALES if all(_fits(c, s) for plan in plans for c in plan)), 1)
-    picture, scale = _decode(data, info, scale)
+    picture, scale = decode_picture(data, info, scale)
     decoded = time.perf_counter()
     for view, plan, target in zip(views, plans, out, strict=True):
         cuts = plan if scale == 1 else [_scaled(c, scale) for c in plan]
@@ -191,7 +201,7 @@ def _center(view: View, info: ImageInfo) -> Cut:
     return Cut((height - h) // 2, (width - w) // 2, h, w, *resized, *offset)
 
 
-def _decode(data: bytes, info: ImageInfo, scale: int) -> tuple[NDArray[np.uint8], int]:
+def decode_picture(data: bytes, info: ImageInfo, scale: int) -> tuple[NDArray[np.uint8], int]:
     """The picture as shown, uint8 [h, w, 3], and the scale 1/s at which it was really decoded."""
     array: NDArray[np.uint8] | None = None
     if info.format == "jpeg" and info.components != 4:

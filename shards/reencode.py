@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from shards.decode import _decode as decode_picture
+from shards.decode import decode_picture
 from shards.image_header import DecodeError, ImageInfo
 
 _SHRUNK = (8, 4, 2)  # in the DCT, to 1/s
