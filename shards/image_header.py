@@ -6,12 +6,16 @@ sizes written in it, so a decompression bomb is refused here for the price of a 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 DEFAULT_MAX_PIXELS = 100_000_000  # 300 MB decoded
 MAX_IMAGE_BYTES = 1 << 30  # of a file
+_MAX_PARTS = 100_000  # segments of a JPEG, chunks of a PNG or WebP
+_MAX_PASSES = 20  # all scans of a JPEG together, as a multiple of max_pixels; progressive ones have 10 as a rule
+_FILL = re.compile(rb"\xff*")
 
 
 class DecodeError(ValueError):
@@ -27,6 +31,7 @@ class ImageInfo:
     height: int
     orientation: int = 1  # EXIF: 1 upright, 2 to 4 mirrored or upside down, 5 to 8 with the axes exchanged
     components: int = 0  # colour components of a JPEG (1, 3 or 4); 0 for the others
+    scans: int = 1  # passes over the picture that decoding takes: more in a progressive JPEG
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -38,7 +43,8 @@ def inspect(data: bytes, *, max_pixels: int) -> ImageInfo:
     """Read the header of an image file.
 
     Raises:
-        DecodeError: empty, not a JPEG, PNG or WebP image, a damaged header, no pixels, or more than `max_pixels`.
+        DecodeError: empty, not a JPEG, PNG or WebP image, a damaged header, no pixels, more than `max_pixels`, or a
+            JPEG that goes over them too often (a few kilobytes can keep a decoder busy for minutes).
     """
     if not data:
         raise DecodeError("file is empty (0 bytes)")
@@ -58,23 +64,29 @@ def inspect(data: bytes, *, max_pixels: int) -> ImageInfo:
     pixels = info.width * info.height
     if pixels > max_pixels:
         raise DecodeError(f"header gives {info.width} x {info.height} = {pixels} pixels, above max_pixels {max_pixels}")
+    if info.scans * pixels > _MAX_PASSES * max_pixels:
+        raise DecodeError(
+            f"JPEG of {info.width} x {info.height} pixels with {info.scans} scans, above {_MAX_PASSES} times "
+            f"max_pixels {max_pixels} together"
+        )
     return info
 
 
-def _info(format: str, width: int, height: int, *, orientation: int, components: int = 0) -> ImageInfo:
+def _info(format: str, width: int, height: int, *, orientation: int, components: int = 0, scans: int = 1) -> ImageInfo:
     if orientation >= 5:
         width, height = height, width
-    return ImageInfo(format, width, height, orientation, components)
+    return ImageInfo(format, width, height, orientation, components, scans)
 
 
 def _inspect_jpeg(data: bytes) -> ImageInfo:
     """Walk the segments up to the frame header (SOF); the EXIF segment, if any, comes before it."""
     position, orientation = 2, 1
-    while True:
+    for _ in range(_MAX_PARTS):
         if data[position] != 0xFF:
             raise DecodeError("JPEG header is damaged")
-        while data[position] == 0xFF:  # any number of fill bytes may precede a marker
-            position += 1
+        fill = _FILL.match(data, position)  # any number of fill bytes may precede a marker
+        assert fill is not None
+        position = fill.end()
         marker = data[position]
         position += 1
         if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
@@ -86,10 +98,20 @@ def _inspect_jpeg(data: bytes) -> ImageInfo:
             precision, height, width, components = struct.unpack_from(">BHHB", data, position + 2)
             if precision != 8:
                 raise DecodeError(f"JPEG with {precision} bits per component (only 8 are supported)")
-            return _info("jpeg", width, height, orientation=orientation, components=components)
+            scans = 1
+            if marker in (0xC2, 0xC6, 0xCA, 0xCE) or not _is_single_scan(data, position + length, components):
+                scans = data.count(b"\xff\xda", position)
+            return _info("jpeg", width, height, orientation=orientation, components=components, scans=scans)
         if marker == 0xE1 and data[position + 2 : position + 8] == b"Exif\0\0":
             orientation = _exif_orientation(data[position + 8 : position + length])
         position += length
+    raise DecodeError(f"JPEG with more than {_MAX_PARTS} segments before its frame header")
+
+
+def _is_single_scan(data: bytes, position: int, components: int) -> bool:
+    """Whether the first scan of a sequential JPEG holds all its components; decoders then look no further."""
+    start = data.find(b"\xff\xda", position)
+    return start < 0 or start + 4 >= len(data) or data[start + 4] >= components
 
 
 def _inspect_png(data: bytes) -> ImageInfo:
@@ -132,7 +154,9 @@ def _uint24(data: bytes, position: int) -> int:
 
 def _chunks(data: bytes, position: int, *, order: str, length_first: bool) -> Iterator[tuple[bytes, int, int]]:
     """(name, start of the contents, length) of the chunks of a PNG (length, name, contents, CRC) or RIFF file."""
-    while position + 8 <= len(data):
+    for _ in range(_MAX_PARTS):
+        if position + 8 > len(data):
+            return
         if length_first:
             length, name = struct.unpack_from(order + "I4s", data, position)
             step = length + 12
@@ -141,6 +165,7 @@ def _chunks(data: bytes, position: int, *, order: str, length_first: bool) -> It
             step = 8 + length + length % 2
         yield name, position + 8, length
         position += step
+    raise DecodeError(f"image of more than {_MAX_PARTS} chunks")
 
 
 def _exif_orientation(exif: bytes) -> int:
