@@ -66,23 +66,27 @@ def convert(
     """
     from shards.convert import convert as convert_images
 
-    report = convert_images(
-        source,
-        destination,
-        from_list=from_list,
-        name=name,
-        shard_size=shard_size,
-        workers=workers,
-        seed=seed,
-        shuffle=shuffle,
-        labels=labels,
-        val_fraction=val_fraction,
-        resize=resize,
-        quality=quality,
-        json_member=json_member,
-        decode_check=decode_check,
-        progress=not as_json,
-    )
+    try:
+        report = convert_images(
+            source,
+            destination,
+            from_list=from_list,
+            name=name,
+            shard_size=shard_size,
+            workers=workers,
+            seed=seed,
+            shuffle=shuffle,
+            labels=labels,
+            val_fraction=val_fraction,
+            resize=resize,
+            quality=quality,
+            json_member=json_member,
+            decode_check=decode_check,
+            progress=not as_json,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that are missing", file=sys.stderr)
+        raise typer.Exit(130) from None
     rejected, ignored = ([list(pair) for pair in pairs] for pairs in (report.rejected, report.ignored))
     if as_json:
         print(json.dumps({**vars(report), "rejected": rejected, "ignored": ignored}))
