@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from scaler.console import ProgressLine
-from scaler.throughput import Supply, diagnose, waited
+from scaler.throughput import Supply, average, diagnose, waited
 from scaler.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class _Health:
 
     def __init__(self, supply: Supply) -> None:
         self._supply = supply
-        self._waits = 0
+        self._starved: list[dict[str, Any]] = []  # the latest rows, as far as each waited
         self._memory: list[float] = []
         self._said: set[str] = set()
 
@@ -230,13 +230,14 @@ class _Health:
         """Advice that this row gives rise to, if any."""
         advice = []
         if "data_wait" in row:
-            wait = waited(row, self._supply)
-            self._waits = self._waits + 1 if wait > _WAIT_LIMIT else 0
-            if self._waits >= _WAIT_ROWS and "wait" not in self._said:
+            starved = waited(row, self._supply) > _WAIT_LIMIT
+            self._starved = [*self._starved[1 - _WAIT_ROWS :], row] if starved else []
+            if len(self._starved) == _WAIT_ROWS and "wait" not in self._said:
                 self._said.add("wait")
+                mean = average(self._starved)
                 advice.append(
-                    f"warning: training waited for data {wait:.0%} of the time, and above {_WAIT_LIMIT:.0%} for "
-                    f"{_WAIT_ROWS} logged rows: {diagnose(row, self._supply)}"
+                    f"warning: training waited for data {waited(mean, self._supply):.0%} of the time, and above "
+                    f"{_WAIT_LIMIT:.0%} for {_WAIT_ROWS} logged rows: {diagnose(mean, self._supply)}"
                 )
         memory = row.get("memory_gib")
         if memory is not None:

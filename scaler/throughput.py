@@ -21,10 +21,11 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from shards.resize import cut, cut_with_torch
@@ -132,6 +133,16 @@ class Supply:
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
 
+def average(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The columns that `read` gives over several rows of `metrics.jsonl`, as if they had been one."""
+    steps = [row.get("seconds/step") or 1.0 for row in rows]
+    names = [name for name in rows[-1] if name.startswith("seconds/")]
+    columns = {name: [row.get(name) or 0.0 for row in rows] for name in ("images_per_second", "data_wait", *names)}
+    return {
+        name: float(np.average(values, weights=None if name in names else steps)) for name, values in columns.items()
+    }
+
+
 def waited(row: Mapping[str, Any], supply: Supply) -> float:
     """The fraction of the time that went into getting data instead of training on them.
 
@@ -148,7 +159,7 @@ def waited(row: Mapping[str, Any], supply: Supply) -> float:
 def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
     """Which stage a run that waits for data is limited by, with numbers, and what to change; one line.
 
-    `row` is one of `metrics.jsonl`.
+    `row` is one of `metrics.jsonl`, or the average of some.
     """
     stages = {name: row.get(f"seconds/{name}") or 0.0 for name in _WORKER_STAGES}
     work, step = sum(stages.values()), row.get("seconds/step") or 0.0

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaler.recipe import load_recipe
-from scaler.throughput import Supply, Throughput, diagnose, waited
+from scaler.throughput import Supply, Throughput, average, diagnose, waited
 from scaler.train import run
 from shards.convert import convert
 from tests.http import faulty_server
@@ -115,6 +115,11 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
 )
 def test_the_limit_is_named_with_numbers_and_a_remedy(figures: dict[str, Any], around: Supply, said: str) -> None:
     assert said in diagnose(figures, around)
+
+
+def test_an_average_is_the_row_of_the_whole_time() -> None:
+    rows = [row(wait=0.5, step=1.0, images=64, decode=0.5), row(wait=0.1, step=3.0, images=64, decode=1.5)]
+    assert average(rows) == pytest.approx(row(wait=0.2, step=2.0, images=64, decode=1.0))
 
 
 @given(
