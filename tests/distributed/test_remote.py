@@ -18,7 +18,7 @@ from shards.index import ShardIndex
 from shards.loader import rank_lanes
 from tests.http import Nginx, free_port, nginx
 from tests.images import make_image_folder
-from tests.reading import ROOT, STOP, make_loader, read_to_end, start_reading
+from tests.reading import ROOT, STOP, Rank, make_loader, start_reading
 from tests.runs import make_shards, rows, write_recipe
 from tests.s3 import rclone_server, use_s3
 
@@ -53,7 +53,7 @@ def served(folder: Path, kind: str) -> Iterator[tuple[Nginx, str]]:
                 os.environ |= before
 
 
-def start_ranks(url: str, caches: list[Path], *, pause: float) -> list[subprocess.Popen[str]]:
+def start_ranks(url: str, caches: list[Path], *, pause: float) -> list[Rank]:
     per_node = RANKS // NODES
     options = {"ranks": RANKS, "ranks_per_node": per_node, "pause": pause}
     return [start_reading(url, caches[i // per_node], rank=i, workers=i % 2, **options) for i in range(RANKS)]
@@ -81,7 +81,7 @@ def test_each_node_fetches_each_shard_once(folder: Path, tmp_path: Path, kind: s
     index, caches = ShardIndex.load(folder), [tmp_path / "node0", tmp_path / "node1"]
     with served(folder, kind) as (server, url):
         for rank, process in enumerate(start_ranks(url, caches, pause=0.1)):
-            read_to_end(process, folder, rank=rank, ranks=RANKS)
+            process.read_to_end(folder, rank=rank, ranks=RANKS)
         found = downloads(server, index)
     kept = Counter[str]()
     for node, cache in enumerate(caches):
@@ -105,7 +105,7 @@ def test_a_server_that_is_killed_restarted_and_slow(folder: Path, tmp_path: Path
         server.extra = "limit_rate 40k;"
         server.start()
         for rank, process in enumerate(ranks):
-            read_to_end(process, folder, rank=rank, ranks=RANKS)
+            process.read_to_end(folder, rank=rank, ranks=RANKS)
         assert max(downloads(server, index).values()) <= NODES
 
 

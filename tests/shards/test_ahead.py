@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from shards.loader import cached_set_bytes, rank_lanes
 from shards.order import SampleOrder
 from tests.http import faulty_server
 from tests.images import make_image_folder
-from tests.reading import children, read_to_end, start_reading, used_bytes
+from tests.reading import Rank, children, start_reading, used_bytes
 
 
 @pytest.fixture(scope="module")
@@ -114,18 +113,17 @@ def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) 
         server.cut_every = 7
         options = {"bound": bound, "ranks": 2, "ranks_per_node": 2}
         ranks = [start_reading(server.url, cache, rank=i, workers=i, **options) for i in range(2)]
-        victim: subprocess.Popen[str] | None = start_reading(server.url, cache, **options)
+        victim: Rank | None = start_reading(server.url, cache, **options)
         most, deadline, helpers = 0, time.monotonic() + 60, list[int]()
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        while any(rank.running() for rank in ranks) and time.monotonic() < deadline:
             if cache.exists():
                 most = max(most, used_bytes(cache))
             if victim is not None and most > size + offsets and (helpers := children(victim.pid)):
-                victim.send_signal(signal.SIGKILL)
-                victim.communicate()
+                victim.kill()
                 victim = None
             time.sleep(0.005)
         for i, rank in enumerate(ranks):
-            read_to_end(rank, folder, rank=i, ranks=2)
+            rank.read_to_end(folder, rank=i, ranks=2)
     assert victim is None and size + offsets < most <= bound
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text() for pid in helpers):
@@ -135,7 +133,7 @@ def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) 
 
 def test_a_shard_larger_than_the_cache_is_read_by_range(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
-        warned = read_to_end(start_reading(server.url, tmp_path / "cache", bound=40_000), folder)
+        warned = start_reading(server.url, tmp_path / "cache", bound=40_000).read_to_end(folder)
     assert "larger than the cache's bound of 40000 bytes" in warned and "raise data.cache_size" in warned
     assert used_bytes(tmp_path / "cache") <= 40_000
 
@@ -146,14 +144,14 @@ def test_a_full_disk_is_no_end(folder: Path, tmp_path: Path) -> None:
     mount = 'mkdir -p "$0" && mount -t tmpfs -o size=100k tmpfs "$0" && exec "$@"'
     prefix = ("unshare", "--mount", "sh", "-c", mount, str(tmp_path / "disk"))
     with faulty_server(folder) as server:
-        warned = read_to_end(start_reading(server.url, tmp_path / "disk", prefix=prefix), folder)
+        warned = start_reading(server.url, tmp_path / "disk", prefix=prefix).read_to_end(folder)
     assert f"cannot write to the cache {tmp_path / 'disk'} (No space left on device)" in warned
 
 
 def test_a_cache_that_cannot_be_is_no_end(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with faulty_server(folder) as server:
-        warned = read_to_end(start_reading(server.url, tmp_path / "file" / "cache"), folder)
+        warned = start_reading(server.url, tmp_path / "file" / "cache").read_to_end(folder)
     assert f"cannot write to the cache {tmp_path / 'file' / 'cache'} (Not a directory)" in warned
 
 
@@ -161,10 +159,10 @@ def test_the_process_that_fetches_may_die(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
         process = start_reading(server.url, tmp_path / "cache")
         while not children(process.pid):
-            assert process.poll() is None
+            assert process.running()
             time.sleep(0.05)
         os.kill(children(process.pid)[0], signal.SIGKILL)
-        assert "the process that fetches shards ahead has ended (-9)" in read_to_end(process, folder)
+        assert "the process that fetches shards ahead has ended (-9)" in process.read_to_end(folder)
 
 
 def test_what_a_node_must_keep(folder: Path) -> None:
