@@ -169,7 +169,7 @@ def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
     for name, (what, remedy, least) in _DEVICE_STAGES.items() if supply.gpu else ():
         if (seconds := row.get(f"seconds/{name}") or 0.0) > max(wait, least * step):
             return f"the limit is {what}, {1000 * seconds:.0f} ms of a step of {1000 * step:.0f} ms: {remedy}"
-    own = max(step - wait, 1e-3 * step)  # the step without its waiting
+    own = max(step - wait, 1e-3 * step, 1e-9)  # the step without its waiting
     images = row["images_per_second"] * step
     delivered, wanted = images * max(supply.num_workers, 1) / work, images / own
     if supply.num_workers and delivered > _HEADROOM * wanted:
