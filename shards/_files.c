@@ -80,30 +80,51 @@ static int read_file(int folder, const char *path, uint8_t *into, size_t size) {
     return size > 0 && count == (ssize_t)size;
 }
 
+/* Whether these bytes begin like nearly all JPEGs, up to a frame header of at most `most` pixels. What is 0 here is for
+   shards/image_header.py to judge; what is 1 it would accept. */
+static int ordinary_jpeg(const uint8_t *data, size_t size, uint64_t most) {
+    if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    for (size_t at = 2; at + 9 <= size;) {
+        const uint8_t marker = data[at + 1];
+        const size_t length = (size_t)data[at + 2] << 8 | data[at + 3];
+        const int segment = marker >= 0xC0 && marker != 0xFF && !(marker >= 0xD0 && marker <= 0xDA);
+        if (data[at] != 0xFF || !segment || length < 2) return 0;
+        if (marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
+            const uint64_t pixels = (uint64_t)(data[at + 5] << 8 | data[at + 6]) * (data[at + 7] << 8 | data[at + 8]);
+            return data[at + 4] == 8 && pixels > 0 && pixels <= most && at + 10 <= size;
+        }
+        at += 2 + length;
+    }
+    return 0;
+}
+
 PyDoc_STRVAR(read_files_doc,
-             "read_files(folder, paths, buffer, begins, sizes, crc32) -> int\n\n"
-             "Read files, paths relative to a folder (int, its descriptor), to `buffer` at `begins` (int64 [n]), and write\n"
-             "the crc32 of each (uint32 [n]). Stops before the first that is not one of `sizes` (int64 [n]) bytes or cannot\n"
-             "be read; the number of those before it.");
+             "read_files(folder, paths, buffer, begins, sizes, crc32, ordinary, max_pixels) -> int\n\n"
+             "Read files, paths relative to a folder (int, its descriptor), to `buffer` at `begins` (int64 [n]). Writes\n"
+             "the crc32 of each (uint32 [n]), and whether it is certainly a JPEG with a sound header of at most\n"
+             "`max_pixels` (bool [n]). Stops before the first that is not one of `sizes` (int64 [n]) bytes or cannot be\n"
+             "read; gives the number of those before it.");
 
 static PyObject *read_files(PyObject *self, PyObject *args) {
     int folder, held = 0;
-    PyObject *paths, *objects[4], *done = NULL;
-    Py_buffer b[4];
-    const int flags[4] = {PyBUF_WRITABLE, PyBUF_SIMPLE, PyBUF_SIMPLE, PyBUF_WRITABLE};
-    if (!PyArg_ParseTuple(args, "iO!OOOO", &folder, &PyList_Type, &paths, &objects[0], &objects[1], &objects[2],
-                          &objects[3]))
+    long long most;
+    PyObject *paths, *objects[5], *done = NULL;
+    Py_buffer b[5];
+    const int flags[5] = {PyBUF_WRITABLE, PyBUF_SIMPLE, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITABLE};
+    if (!PyArg_ParseTuple(args, "iO!OOOOOL", &folder, &PyList_Type, &paths, &objects[0], &objects[1], &objects[2],
+                          &objects[3], &objects[4], &most))
         return NULL;
     const Py_ssize_t n = PyList_GET_SIZE(paths);
     PyObject **names = PyMem_Calloc(n ? n : 1, sizeof *names);
     if (!names) return PyErr_NoMemory();
-    for (; held < 4; held++)
+    for (; held < 5; held++)
         if (PyObject_GetBuffer(objects[held], &b[held], flags[held]) < 0) goto release;
     for (Py_ssize_t i = 0; i < n; i++)
         if (!PyUnicode_FSConverter(PyList_GET_ITEM(paths, i), &names[i])) goto release;
     const int64_t *begins = b[1].buf, *sizes = b[2].buf;
     uint32_t *crc32 = b[3].buf;
-    int sound = b[1].len == n * 8 && b[2].len == n * 8 && b[3].len == n * 4;
+    uint8_t *ordinary = b[4].buf;
+    int sound = b[1].len == n * 8 && b[2].len == n * 8 && b[3].len == n * 4 && b[4].len == n && most >= 0;
     for (Py_ssize_t i = 0; sound && i < n; i++)
         sound = begins[i] >= 0 && sizes[i] >= 0 && sizes[i] <= b[0].len && begins[i] <= b[0].len - sizes[i];
     if (!sound) {
@@ -116,6 +137,7 @@ static PyObject *read_files(PyObject *self, PyObject *args) {
         uint8_t *into = (uint8_t *)b[0].buf + begins[i];
         if (!read_file(folder, PyBytes_AS_STRING(names[i]), into, (size_t)sizes[i])) break;
         crc32[i] = crc32_of(into, (size_t)sizes[i]);
+        ordinary[i] = (uint8_t)ordinary_jpeg(into, (size_t)sizes[i], (uint64_t)most);
     }
     Py_END_ALLOW_THREADS;
     done = PyLong_FromSsize_t(i);

@@ -66,13 +66,20 @@ class Source(ABC):
         """
 
     def read_many(
-        self, numbers: Sequence[int], room: memoryview, begins: NDArray[np.int64], sizes: NDArray[np.int64]
-    ) -> list[int]:
+        self,
+        numbers: Sequence[int],
+        room: memoryview,
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        *,
+        max_pixels: int,
+    ) -> tuple[list[int], list[bool]]:
         """Read images to `room` at `begins` (int64 [n]; `sizes` likewise), as far as that is faster than one by one.
 
-        It stops before the first with which something is wrong. The crc32 of each that was read.
+        It stops before the first with which something is wrong. For each that was read: its crc32, and whether its
+        header is certain to be a sound one of at most `max_pixels`.
         """
-        return []
+        return [], []
 
     def reading(self, numbers: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """A block in which these images, no others, are read, in this order."""
@@ -90,18 +97,25 @@ class Files(Source):
     root: str
 
     def read_many(
-        self, numbers: Sequence[int], room: memoryview, begins: NDArray[np.int64], sizes: NDArray[np.int64]
-    ) -> list[int]:
+        self,
+        numbers: Sequence[int],
+        room: memoryview,
+        begins: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        *,
+        max_pixels: int,
+    ) -> tuple[list[int], list[bool]]:
         """See `Source.read_many`."""
         if _files is None:
-            return []
-        crc32 = np.empty(len(numbers), dtype=np.uint32)
+            return [], []
+        crc32, sound = np.empty(len(numbers), dtype=np.uint32), np.empty(len(numbers), dtype=np.bool_)
+        paths = [self.paths[number] for number in numbers]
         folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            count = _files.read_files(folder, [self.paths[number] for number in numbers], room, begins, sizes, crc32)
+            count = _files.read_files(folder, paths, room, begins, sizes, crc32, sound, max_pixels)
         finally:
             os.close(folder)
-        return crc32[:count].tolist()
+        return crc32[:count].tolist(), sound[:count].tolist()
 
     def read(self, number: int, into: memoryview) -> None:
         """See `Source.read`."""

@@ -128,12 +128,12 @@ def _add_as_they_are(
         after = (begin + images[part])[labelled] // BLOCK
         blocks[after], blocks[after + 1] = tails[part][labelled, 0], tails[part][labelled, 1]
         begins, lengths = (begin + BLOCK).tolist(), sizes[part].tolist()
-        crc32 = source.read_many(chosen[part], room, begin + BLOCK, sizes[part])
-        num_read, usable = len(crc32), len(begins)
-        for i, number in enumerate(chosen[part]):
-            data = room[begins[i] : begins[i] + lengths[i]]
+        crc32, sound = source.read_many(chosen[part], room, begin + BLOCK, sizes[part], max_pixels=options.max_pixels)
+        usable = len(begins)
+        for i in [i for i in range(usable) if i >= len(sound) or not sound[i]]:
+            number, data = chosen[first + i], room[begins[i] : begins[i] + lengths[i]]
             try:
-                if i >= num_read:
+                if i >= len(sound):
                     source.read(number, data)
                     crc32.append(zlib.crc32(data))
                 _inspect(data, max_pixels=options.max_pixels)

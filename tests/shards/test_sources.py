@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from shards import sources
 from shards.convert import convert
 from shards.folder import scan_folder
-from tests.images import make_image_folder
+from shards.image_header import inspect
+from tests.images import encode_image, make_image_folder, make_pixels
 
 compiled = pytest.mark.skipif(sources._files is None, reason="shards/_files.c is not compiled here")
 
@@ -29,7 +30,8 @@ def test_files_and_their_crc32(tmp_path_factory: pytest.TempPathFactory, content
     begins = np.cumsum([gap, *(len(content) + gap for content in contents[:-1])])
     room = memoryview(bytearray(int(found.sizes.sum()) + gap * (len(contents) + 1)))
     numbers = list(range(len(contents)))
-    assert found.read_many(numbers, room, begins, found.sizes) == [zlib.crc32(content) for content in contents]
+    crc32, sound = found.read_many(numbers, room, begins, found.sizes, max_pixels=100)
+    assert crc32 == [zlib.crc32(content) for content in contents] and len(sound) == len(contents)
     for begin, content in zip(begins, contents, strict=True):
         assert room[begin : begin + len(content)] == content
 
@@ -53,10 +55,38 @@ def test_it_stops_before_what_is_not_as_listed(tmp_path: Path, change: str) -> N
         found.paths[3] = "x" * 300
     begins = np.append(0, found.sizes[:-1].cumsum())
     room = memoryview(bytearray(int(found.sizes.sum())))
-    assert len(found.read_many(range(5), room, begins, found.sizes)) == 3
+    crc32, sound = found.read_many(range(5), room, begins, found.sizes, max_pixels=10**8)
+    assert len(crc32) == 3 and sound == [True] * 3
     if change != "empty":
         with pytest.raises(ValueError, match=r"changed since|not a regular file|File name too long"):
             found.read(3, room[:size])
+
+
+JPEG = encode_image(make_pixels(40, 30, seed=1))
+HEADER = JPEG.index(b"\xff\xda")
+
+
+@compiled
+@given(st.lists(st.tuples(st.integers(0, HEADER), st.integers(0, 255)), max_size=3), st.sampled_from([200, 10**8]))
+def test_what_it_takes_for_sound_is_sound(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], max_pixels: int
+) -> None:
+    """Headers with some bytes changed, and cut off after them: never sound where Python's inspection refuses."""
+    data = bytearray(JPEG)
+    for position, value in changes:
+        data[position] = value
+    variants = [bytes(data), bytes(data[: changes[0][0]]) if changes else JPEG]
+    folder = tmp_path_factory.mktemp("files")
+    for i, content in enumerate(variants):
+        (folder / f"{i}.jpg").write_bytes(content)
+    found = scan_folder(folder, labels=None)
+    begins = np.append(0, found.sizes[:-1].cumsum())
+    room = memoryview(bytearray(int(found.sizes.sum())))
+    _, sound = found.read_many([0, 1], room, begins, found.sizes, max_pixels=max_pixels)
+    assert sound[:1] == [True] or changes or max_pixels < 1200
+    for content, is_sound in zip(variants, sound, strict=False):
+        if is_sound:
+            assert inspect(content, max_pixels=max_pixels).format == "jpeg"
 
 
 @compiled
@@ -65,7 +95,8 @@ def test_positions_outside_of_the_buffer_are_refused(tmp_path: Path) -> None:
     found = scan_folder(tmp_path, labels=None)
     for begins in ([0, 10**9], [-1, 0], [0, 2**62], [0]):
         with pytest.raises(ValueError, match="do not fit"):
-            found.read_many([0, 1], memoryview(bytearray(5000)), np.array(begins, dtype=np.int64), found.sizes)
+            room = memoryview(bytearray(5000))
+            found.read_many([0, 1], room, np.array(begins, dtype=np.int64), found.sizes, max_pixels=10**8)
 
 
 def test_without_the_compiled_part_the_shards_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
