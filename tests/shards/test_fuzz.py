@@ -1,4 +1,4 @@
-"""Damaged shards, images and index files through `index`, `verify` and the loader.
+"""Damaged shards, images and index files through `index`, `verify` and the loaders.
 
 Whatever the damage: nothing but one-line `ValueError`s, no hang, bounded memory, and no image that is left out without
 a word. 150 cases by default, 2,000 with SCALER_TEST_LONG=1.
@@ -29,6 +29,7 @@ from shards.indexing import build_index
 from shards.loader import ShardLoader, evaluation_batches
 from shards.order import SampleOrder
 from shards.reader import SampleReader
+from shards.stream import StreamLoader
 from shards.tar import BLOCK
 from shards.verify import verify
 from tests.images import encode_image, make_pixels
@@ -201,6 +202,12 @@ def load(index: ShardIndex) -> Loaded:
     return Loaded(batch["views"]["whole"][0, rows], evaluated["labels"].tolist(), rejected)
 
 
+def stream(path: Path) -> list[object]:
+    """Twenty images straight from the shard."""
+    sizes = {"global_batch_size": 20, "micro_batch_size": 20, "stop": 20}
+    return list(StreamLoader([str(path)], views=[VIEW], seed=0, max_pixels=MAX_PIXELS, **sizes))
+
+
 @contextmanager
 def bounded() -> Iterator[None]:
     started, before = time.monotonic(), _peak()
@@ -241,7 +248,9 @@ def check_indexed_anew(content: bytes, before: Made, folder: Path, *, complete: 
     folder.mkdir()
     (folder / NAME).write_bytes(content)
     index = attempt(lambda: build_index(folder, workers=1))
+    streamed = attempt(lambda: stream(folder / NAME))
     if not isinstance(index, ShardIndex):
+        assert streamed is None or not complete, "a stream has left out what an index would not"
         return
     assert [report.problems for report in verify(folder, workers=1)] == [[]]
     crcs = {index.entry(id).crc32 for id in range(len(index))}
