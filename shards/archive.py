@@ -34,6 +34,9 @@ _idle: list[memoryview] = []  # buffers of archives that are done: the system ta
 # Where a ustar header has what changes from member to member.
 _NAME, _SIZE, _SUM, _FOLDER = slice(0, 100), slice(124, 135), slice(148, 154), slice(345, 345 + PREFIX_BYTES)
 _SHIFTS = 3 * np.arange(10, -1, -1)
+_BLANK = np.frombuffer(ustar_header("", size=0), dtype=np.uint8).copy()
+_BLANK[_SIZE] = _BLANK[_SUM] = 0
+_BLANK_SUM = int(_BLANK.sum())
 
 
 class Archive:
@@ -181,17 +184,18 @@ def _past_the_cache(descriptor: int) -> Callable[[memoryview], None]:
 def ustar_headers(names: list[bytes], sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
     """`ustar_header` of many members at once: uint8 [n, 512]. `sizes` is int64 [n], the names fit (shards/keys.py)."""
     headers = np.empty((len(names), BLOCK), dtype=np.uint8)
-    headers[:] = np.frombuffer(ustar_header("", size=0), dtype=np.uint8)
-    headers[:, _SUM] = 0
-    if max(map(len, names), default=0) <= NAME_BYTES:
-        headers[:, _NAME] = _as_rows(names, NAME_BYTES)
-    else:
-        parts = [split_name(name) or (b"", b"") for name in names]
-        headers[:, _NAME] = _as_rows([base for _, base in parts], NAME_BYTES)
-        headers[:, _FOLDER] = _as_rows([folder for folder, _ in parts], PREFIX_BYTES)
+    headers[:] = _BLANK
     headers[:, _SIZE] = (sizes[:, None] >> _SHIFTS & 7) + ord("0")
     # The checksum counts its own field, eight bytes of which the last two never change, as spaces.
-    sums = headers.sum(axis=1, dtype=np.int64) + 7 * ord(" ")
+    sums = headers[:, _SIZE].sum(axis=1, dtype=np.int64) + (_BLANK_SUM + 7 * ord(" "))
+    fields = [(_NAME, names)]
+    if max(map(len, names), default=0) > NAME_BYTES:
+        parts = [split_name(name) or (b"", b"") for name in names]
+        fields = [(_NAME, [base for _, base in parts]), (_FOLDER, [folder for folder, _ in parts])]
+    for place, texts in fields:
+        rows = _as_rows(texts, place.stop - place.start)
+        headers[:, place] = rows
+        sums += rows.sum(axis=1, dtype=np.int64)
     headers[:, _SUM] = (sums[:, None] >> _SHIFTS[-6:] & 7) + ord("0")
     return headers
 

@@ -108,7 +108,8 @@ def _add_as_they_are(
 ) -> None:
     """Add images with their labels: as many at a time as a buffer has room for, laid out in it before they are read."""
     chosen, sizes, labels = numbers.tolist(), source.sizes[numbers].clip(0), source.labels[numbers]
-    extensions = [_extension(source.names[number]) for number in chosen]
+    names = source.names
+    extensions = [_extension(names[number]) for number in chosen]
     encoded = [keys[number].encode() for number in chosen]
     members = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
     headers = ustar_headers(members, sizes)
