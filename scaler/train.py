@@ -412,6 +412,8 @@ def resolved_recipe(recipe: Recipe, *, shards: str, settings: StrategySettings) 
     values = recipe.model_dump(mode="json")
     values["strategy"] = settings.model_dump(mode="json")
     values["data"]["shards"] = shards
+    if recipe.data.val_shards is not None:
+        values["data"]["val_shards"] = str(locate(recipe.data.val_shards))  # which leaves out what may be secret
     if recipe.checkpoint.dir is not None:
         place = locate(recipe.checkpoint.dir)
         values["checkpoint"]["dir"] = str(place.resolve() if isinstance(place, Path) else place)

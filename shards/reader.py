@@ -4,14 +4,15 @@ On a local disk each process keeps a bounded number of shards open. Reads name t
 descriptors inherited over a fork share nothing that matters; over a spawn they are left behind and opened again.
 
 Shards of a URL are read from the node's cache, where shards/ahead.py puts them ahead of need. Until one is there its
-samples are read from as much of it as has arrived, or by range over the network: what no sha256 has vouched for counts
-only if the sample's crc32 does.
+samples are read from as much of it as has arrived, or by range over the network. Whatever it is, it counts only if the
+sample's crc32 is right: networks and the disks of nodes err.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,15 @@ class SampleReader:
         if cache is None:
             return None
         data = cache.read(name, sample.offset, sample.size)
-        if data is None or len(data) != sample.size:
+        if data is None:
             data = cache.read_partial(name, int(self.index.shard_bytes[sample.shard]), sample.offset, sample.size)
-            if data is None or zlib.crc32(data) != sample.crc32:
-                return None
-        return data
+            return data if data is not None and zlib.crc32(data) == sample.crc32 else None
+        if zlib.crc32(data) == sample.crc32:
+            return data
+        path = self.index.shard_path(sample.shard)
+        print(f"warning: the copy of {path} in {cache.folder} was damaged and is removed", file=sys.stderr, flush=True)
+        cache.remove(name)
+        return None
 
     def _read_range(self, sample: Span | Entry) -> bytes:
         if self._remote is None:

@@ -215,6 +215,18 @@ def test_a_wrong_byte_of_what_describes_the_shards(
     assert f"{server.url}/{file}" in error_of(lambda: stream(ShardIndex.load(server.url, cache=cache)))
 
 
+def test_a_damaged_copy_in_the_cache_is_fetched_again(
+    server: FaultyServer, cache: ShardCache, expected: Stream, capfd: pytest.CaptureFixture[str]
+) -> None:
+    index = ShardIndex.load(server.url, cache=cache)
+    assert stream(index, pause=0.1) == expected
+    path = cache.find(index.shard_cache_name(2))
+    assert path is not None
+    path.write_bytes(bytes(path.stat().st_size))
+    assert stream(index) == expected
+    assert f"the copy of {server.url}/{index.shard_names[2]} in {cache.folder} was damaged" in capfd.readouterr().err
+
+
 def test_a_shard_that_changed_its_size(server: FaultyServer, cache: ShardCache) -> None:
     index = ShardIndex.load(server.url, cache=cache)
     name = index.shard_names[3]
