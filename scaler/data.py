@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from scaler.collectives import World
 from scaler.layout import Layout
@@ -84,21 +85,14 @@ class IndexedData(TrainingData):
 
     def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> ShardLoader:
         """See `TrainingData.loader`."""
-        data = self._recipe.data
         return ShardLoader(
             self.index,
             self.order,
             views=views,
-            seed=self._recipe.run.seed,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=layout.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
             ranks_per_node=ranks_per_node(world.size),
-            num_workers=data.num_workers,
             start=start,
             stop=stop,
-            max_pixels=data.max_pixels,
+            **_loader_options(self._recipe, layout=layout, world=world),
         )
 
     def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
@@ -145,20 +139,13 @@ class StreamData(TrainingData):
 
     def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> Iterable[Batch]:
         """See `TrainingData.loader`."""
-        data = self._recipe.data
         return self._loader(
             self._urls,
             views=views,
-            seed=self._recipe.run.seed,
-            global_batch_size=data.global_batch_size,
-            micro_batch_size=layout.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            num_workers=data.num_workers,
-            shuffle_window=data.shuffle_window,
+            shuffle_window=self._recipe.data.shuffle_window,
             start=start,
             stop=stop,
-            max_pixels=data.max_pixels,
+            **_loader_options(self._recipe, layout=layout, world=world),
         )
 
     def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
@@ -179,6 +166,19 @@ def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
     if lanes == "auto":
         lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
     return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
+
+
+def _loader_options(recipe: Recipe, *, layout: Layout, world: World) -> dict[str, Any]:
+    """What both loaders take."""
+    return {
+        "seed": recipe.run.seed,
+        "global_batch_size": recipe.data.global_batch_size,
+        "micro_batch_size": layout.micro_batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+        "num_workers": recipe.data.num_workers,
+        "max_pixels": recipe.data.max_pixels,
+    }
 
 
 def _without_effect(recipe: Recipe, *keys: str, why: str) -> Iterator[str]:

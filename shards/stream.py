@@ -42,7 +42,7 @@ from shards.places import without_secrets
 from shards.random import keyed_bits
 from shards.storage import printable
 from shards.tar import TarStream, read_label, sample_files
-from shards.workers import Batch, Failure, Request, new_pixels, run_workers
+from shards.workers import Batch, Failure, Request, new_pixels, run_workers, training_batch
 
 _MAX_BAD = 1000  # samples in a row that cannot be shown
 _MAX_EMPTY = 100  # shards in a row without a sample
@@ -192,17 +192,7 @@ class StreamBatches(Dataset["Batch | Failure"]):
                 rejected += [{**position, **record, **replacement} for record in bad]
         except ValueError as error:
             return Failure(str(error), traceback.format_exc())
-        return {
-            "views": views,
-            "ids": torch.from_numpy(request.ids),
-            "epochs": torch.from_numpy(request.epochs),
-            "positions": torch.from_numpy(request.positions),
-            "labels": labels,
-            "rejected": rejected,
-            "global_batch_size": request.global_batch_size,
-            "image_number": request.image_number,
-            "seconds": vars(seconds),
-        }
+        return training_batch(request, views=views, labels=labels, rejected=rejected, seconds=seconds)
 
     def _next(
         self, samples: Iterator[Sample], cut: Callable[[bytes], None], seconds: Seconds

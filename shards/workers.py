@@ -86,17 +86,7 @@ class TrainingBatches(Dataset["Batch | Failure"]):
                     )
             except ValueError as error:
                 return Failure(str(error), traceback.format_exc())
-        return {
-            "views": views,
-            "ids": torch.from_numpy(request.ids),
-            "epochs": torch.from_numpy(request.epochs),
-            "positions": torch.from_numpy(request.positions),
-            "labels": labels,
-            "rejected": rejected,
-            "global_batch_size": request.global_batch_size,
-            "image_number": request.image_number,
-            "seconds": vars(seconds),
-        }
+        return training_batch(request, views=views, labels=labels, rejected=rejected, seconds=seconds)
 
     def _decode_or_replace(
         self, wanted: Span, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
@@ -169,6 +159,23 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
             "rejected": rejected,
             "seconds": vars(seconds),
         }
+
+
+def training_batch(
+    request: Request, *, views: dict[str, Tensor], labels: Tensor, rejected: list[dict[str, Any]], seconds: Seconds
+) -> Batch:
+    """What was made for `request`, as `ShardLoader` describes it."""
+    return {
+        "views": views,
+        "ids": torch.from_numpy(request.ids),
+        "epochs": torch.from_numpy(request.epochs),
+        "positions": torch.from_numpy(request.positions),
+        "labels": labels,
+        "rejected": rejected,
+        "global_batch_size": request.global_batch_size,
+        "image_number": request.image_number,
+        "seconds": vars(seconds),
+    }
 
 
 def new_pixels(shape: tuple[int, ...]) -> Tensor:
