@@ -144,6 +144,8 @@ def _prepare(source: str | None, scratch: Path, *, images: int, say: Callable[[s
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
     convert(files.folder, files.shards, labels=True, workers=1)
+    for path in [*files.paths()[0], *files.shards.iterdir()]:  # into the page cache
+        path.read_bytes()
     return files
 
 
