@@ -18,6 +18,7 @@ import webdataset
 
 from shards.decode import View, decode_views
 from shards.stream import StreamLoader, expand_sources, sources_fingerprint
+from tests.http import nginx
 from tests.images import encode_image, make_pixels
 
 VIEWS = [View("crop", 16, count=2)]
@@ -160,6 +161,14 @@ def test_other_schemes_are_opened_by_fsspec(folder: Path) -> None:
         file.write((folder / "s-0.tar").read_bytes())
     assert labels(loader("memory://stream/s.tar")) == labels(loader(f"{folder}/s-0.tar"))
     assert labels(loader(f"file:{folder}/s-0.tar")) == labels(loader(f"{folder}/s-0.tar"))
+
+
+def test_over_http(folder: Path) -> None:
+    with nginx(folder) as server:
+        assert labels(loader(f"{server.url}/s-{{0..2}}.tar")) == labels(loader(f"{folder}/s-{{0..2}}.tar"))
+        with pytest.raises(ValueError, match=f"^cannot read shard {server.url}/none.tar: .*exit 22") as caught:
+            labels(loader(f"{server.url}/none.tar?signature=hunter2"))
+    assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
 
 
 SOURCES: dict[str, tuple[str, str]] = {
