@@ -35,6 +35,7 @@ _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 
 
 _HTTP = ("http://", "https://")
+_USER, _QUERY = re.compile(r"(\w://)[^/\s@]*@"), re.compile(r"\?[^\s'\")]*")  # in texts with URLs
 _SECONDS = 30.0  # that one request may take; the largest are parts of a few megabytes
 
 
@@ -69,7 +70,7 @@ class Url:
         return Url(f"{path}/{quote(name) if path.startswith(_HTTP) else name}{query}")
 
     def __str__(self) -> str:
-        return without_secrets(self._parts()[0])
+        return _USER.sub(r"\1", self._parts()[0])
 
     def __repr__(self) -> str:
         return f"Url({str(self)!r})"
@@ -107,7 +108,7 @@ def locate(where: str | Path | Url) -> Location:
 
 def without_secrets(text: str) -> str:
     """`text` with user names, passwords and queries taken out of its URLs."""
-    return re.sub(r"\?[^\s'\")]*", "", re.sub(r"(\w://)[^/\s@]*@", r"\1", text)) if "://" in text else text
+    return _QUERY.sub("", _USER.sub(r"\1", text)) if "://" in text else text
 
 
 def folder_at(location: Location) -> Folder:
@@ -286,6 +287,11 @@ class RemoteFolder(Folder):
         self._has_folders = not _WITHOUT_FOLDERS & ({protocol} if isinstance(protocol, str) else set(protocol))
         self.threads = 8 if self._files.async_impl else 1  # a client without asyncio need not bear several threads
         self._pid = os.getpid()
+        self._options: dict[str, Any] = {}  # of reads
+        if self._files.async_impl:
+            self._options["timeout"] = _SECONDS  # the others have limits of their own
+        elif protocol == "hf":
+            self._options["cache_type"] = "none"  # or it reads megabytes for a sample
 
     def sizes(self) -> dict[str, int]:
         """See `Folder.sizes`."""
@@ -327,8 +333,7 @@ class RemoteFolder(Folder):
 
     def _cat(self, name: str, **range_: int) -> bytes:
         with self._named(name):
-            limit = {"timeout": _SECONDS} if self._files.async_impl else {}  # the others have limits of their own
-            return bytes(self._files.cat_file(self._at(name), **range_, **limit))
+            return bytes(self._files.cat_file(self._at(name), **range_, **self._options))
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Write]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import pickle
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shards.places import Url, folder_at, locate
+from shards.places import NoSuchHostError, RangeIgnoredError, Url, _plain_error, folder_at, locate, without_secrets
+from tests.http import faulty_server
 from tests.s3 import BUCKET, forbidden, s3_server
 
 
@@ -50,6 +54,7 @@ def test_a_folder_keeps_what_is_written_to_it(where: str) -> None:
     buffer = memoryview(bytearray(300))
     again.read_into("x/one", 200, buffer)
     again.read_into("x/one", 200, buffer[:0])
+    assert again.read_range("x/one", 3, 5) == content[3:8] and again.read_range("x/one", 3, 0) == b""
     assert buffer == content[200:500] and again.read("x/one") == content and again.read("two") == b"2"
     assert folder_at(locate(where) / "x").sizes() == {"one": 768}
     folder.write("two", b"other")
@@ -68,6 +73,8 @@ def test_what_is_missing_or_too_short_is_said(where: str) -> None:
     folder.write("five", b"12345")
     with pytest.raises(ValueError, match=r"five ends at byte 5$"):
         folder.read_into("five", 3, memoryview(bytearray(3)))
+    with pytest.raises(ValueError, match=r"five ends (at byte|before the bytes)"):
+        folder.read_range("five", 100, 3)
 
 
 @pytest.mark.parametrize("where", ["local", "s3"], indirect=True)
@@ -96,6 +103,17 @@ def test_locations_are_paths_or_urls() -> None:
     assert locate("file:///a/b") == locate("/a/b") == Path("/a/b") and locate("a") == Path("a")
     url = locate("s3://bucket/a/")
     assert str(url / "b") == "s3://bucket/a/b" and (url / "b").name == "b" and (url / "b").parent == url
+    assert str(url / "b c?#") == "s3://bucket/a/b c?#"
+
+
+def test_http_urls_keep_their_query_and_their_secrets() -> None:
+    url = locate("https://me:word@host/a/?sig=1&b=2")
+    file = url / "b c?#%.tar"
+    assert isinstance(file, Url) and file.text == "https://me:word@host/a/b%20c%3F%23%25.tar?sig=1&b=2"
+    assert str(file) == "https://host/a/b%20c%3F%23%25.tar" and repr(url) == "Url('https://host/a')"
+    assert file.parent / "x" == url / "x" and url.parent.parent == url.parent
+    told = without_secrets("see 'http://u:p@h/a?k=v' or (s3://k@b/c?x), why?")
+    assert told == "see 'http://h/a' or (s3://b/c), why"
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket/a", "hdfs3://bucket/a"])
@@ -116,3 +134,36 @@ def test_remote_errors_name_the_place_in_one_line(server: str) -> None:
         with forbidden(server), pytest.raises(OSError, match=refusal) as error:
             act()
         assert "\n" not in str(error.value)
+
+
+def test_http_errors_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "a b#").write_bytes(b"12345")
+    with faulty_server(tmp_path) as server:
+        folder = folder_at(locate(server.url))
+        assert folder.read("a b#") == b"12345" and folder.read_range("a b#", 1, 3) == b"234"
+        with pytest.raises(FileNotFoundError, match=rf"^{server.url}/none: not found$"):
+            folder.read("none")
+        for status, kind, words in ((403, PermissionError, "refused .*credentials"), (503, OSError, "503")):
+            server.status["a b#"] = status
+            with pytest.raises(kind, match=rf"^{server.url}/a%20b%23: .*{words}"):
+                folder.read("a b#")
+        server.status.clear()
+        server.ranges = False
+        with pytest.raises(RangeIgnoredError, match="sends whole files") as error:
+            folder.read_range("a b#", 1, 3)
+        assert error.value.content == b"12345"
+
+
+def test_a_name_that_no_service_knows() -> None:
+    error = ConnectionError()
+    error.__cause__ = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    assert type(_plain_error(error, Url("https://u:p@nowhere/a"))) is NoSuchHostError
+
+
+def test_a_fork_has_a_client_of_its_own(server: str) -> None:
+    folder = folder_at(locate(f"{BUCKET}/forked"))
+    folder.write("file", b"12345")
+    context = multiprocessing.get_context("fork")
+    for method in (folder.read, pickle.loads(pickle.dumps(folder)).read):
+        with context.Pool(1) as pool:
+            assert pool.apply(method, ("file",)) == folder.read("file") == b"12345"
