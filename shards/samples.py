@@ -26,7 +26,7 @@ from shards.index import INDEX_NAME, ShardIndex
 from shards.indexing import open_tar, tar_sizes
 from shards.offsets import Sample, Skipped, offset_name, parse_offsets
 from shards.parallel import map_processes
-from shards.places import Folder, Location, folder_at, locate
+from shards.places import Folder, Location, RangeIgnoredError, folder_at, locate
 from shards.retry import retry
 from shards.sources import Source
 from shards.storage import printable
@@ -34,6 +34,7 @@ from shards.tar import sample_files, scan_tar
 
 _OPEN_SHARDS = 256
 _THREADS = 8  # reads at a time from far away
+_FINAL = (FileNotFoundError, PermissionError, RangeIgnoredError)  # no waiting helps
 _MAX_JSON = 1 << 20
 
 Shards = dict[Location, list[str] | None]  # folder → names of its shards, None for all
@@ -85,13 +86,13 @@ class Samples(Source):
         """See `Source.read`."""
         if self._ahead is not None:
             into[:] = self._ahead.get(number)
+            return
+        place = self.places[self.shards[number]]
+        if isinstance(place, Path):
+            self._fill(number, int(self.offsets[number]), into)
+            self._prove(number, into)
         else:
-            self._fill(int(self.shards[number]), int(self.offsets[number]), into)
-        if zlib.crc32(into) != self.crc32[number]:
-            raise ValueError(
-                f"shard {self.places[self.shards[number]]} is damaged: {printable(self.keys[number])!r} is not what it "
-                "was when the shard was indexed; copy it again from where it came"
-            )
+            into[:] = self._fetch(number)
 
     @contextlib.contextmanager
     def reading(self, numbers: Sequence[int]) -> Iterator[None]:
@@ -108,23 +109,40 @@ class Samples(Source):
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, number: int) -> bytearray:
+        """An image from far away; what was damaged on its way is fetched again."""
         content = bytearray(int(self.sizes[number]))
-        self._fill(int(self.shards[number]), int(self.offsets[number]), memoryview(content))
+
+        def read() -> None:
+            self._fill_once(number, int(self.offsets[number]), memoryview(content))
+            self._prove(number, content)
+
+        retry(read, final=_FINAL)
         return content
 
-    def _fill(self, shard: int, offset: int, into: memoryview) -> None:
-        """Read from byte `offset` of a shard on; `ValueError` naming it when that cannot be done."""
-        place = self.places[shard]
+    def _fill(self, number: int, offset: int, into: memoryview) -> None:
+        """Read from byte `offset` of the shard of an image on; `ValueError` naming it when that cannot be done."""
+        if not isinstance(place := self.places[self.shards[number]], Path):
+            retry(lambda: self._fill_once(number, offset, into), final=_FINAL)
+            return
         try:
-            if isinstance(place, Path):
-                filled = os.preadv(self._open(shard, place), (into,), offset)
-                if filled != len(into):
-                    raise ValueError(f"shard {place} ends at byte {offset + filled}; copy it again from where it came")
-            else:
-                folder = folder_at(place.parent)
-                retry(lambda: folder.read_into(place.name, offset, into))
+            self._fill_once(number, offset, into)
         except OSError as error:
             raise ValueError(f"cannot read shard {place}: {error.strerror or error}") from error
+
+    def _fill_once(self, number: int, offset: int, into: memoryview) -> None:
+        shard = int(self.shards[number])
+        place = self.places[shard]
+        if not isinstance(place, Path):
+            folder_at(place.parent).read_into(place.name, offset, into)
+        elif (filled := os.preadv(self._open(shard, place), (into,), offset)) != len(into):
+            raise ValueError(f"shard {place} ends at byte {offset + filled}; copy it again from where it came")
+
+    def _prove(self, number: int, content: bytes | bytearray | memoryview) -> None:
+        if zlib.crc32(content) != self.crc32[number]:
+            raise ValueError(
+                f"shard {self.places[self.shards[number]]} is damaged: {printable(self.keys[number])!r} is not what it "
+                "was when the shard was indexed; copy it again from where it came"
+            )
 
     def _open(self, shard: int, path: Path) -> int:
         descriptor = self._files.pop(shard, None)
@@ -148,7 +166,7 @@ class Samples(Source):
         if size > _MAX_JSON:
             raise DecodeError(f"its JSON member has {size} bytes, at most {_MAX_JSON} are read")
         content = bytearray(size)
-        self._fill(int(self.shards[number]), offset, memoryview(content))
+        self._fill(number, offset, memoryview(content))
         try:
             found = json.loads(content) if size else {}
         except (ValueError, RecursionError) as error:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from shards.convert import convert
+from shards.index import ShardIndex
 from shards.places import folder_at, locate
+from tests.http import FaultyServer, faulty_server, flip_byte
 from tests.images import make_image_folder
 from tests.s3 import BUCKET, forbidden, s3_server
 
@@ -86,3 +88,42 @@ def test_a_refusal_is_one_line(where: str, server: str, tmp_path: Path) -> None:
     with forbidden(server), pytest.raises((ValueError, OSError)) as error:
         convert(tmp_path / "src", where, workers=1)
     assert "\n" not in str(error.value) and where in str(error.value)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[FaultyServer]:
+    make_image_folder(tmp_path / "src", num_images=30)
+    convert(tmp_path / "src", tmp_path / "web", shard_size="30KB", workers=1)
+    with faulty_server(tmp_path / "web") as server:
+        yield server
+
+
+def test_shards_of_a_web_server_that_fails(web: FaultyServer, tmp_path: Path) -> None:
+    """Connections are cut and a byte arrives wrong, with offset files and without: the same images come out."""
+    braces = f"{web.url}/shard-{{000000..{len(list((tmp_path / 'web').glob('*.tar'))) - 1:06d}}}.tar"
+    wanted = sorted(path.read_bytes() for path in (tmp_path / "src").rglob("*.jpg"))
+    entry = ShardIndex.load(tmp_path / "web").entry(3)
+    web.cut_every = 7
+    for indexed in (True, False):
+        web.damage = flip_byte("shard-000000.tar", entry.offset + 9, times=2 if indexed else 0)
+        out = tmp_path / f"out{indexed}"
+        report = convert(braces, out, workers=2)
+        assert report.num_samples == 30 and report.class_names == ["class_0", "class_1", "class_2"]
+        index = ShardIndex.load(out)
+        content = (out / index.shard_names[0]).read_bytes()
+        entries = [index.entry(i) for i in range(30)]
+        assert sorted(content[e.offset : e.offset + e.size] for e in entries) == wanted
+        for path in (tmp_path / "web").glob("*.offsets"):
+            path.unlink()
+
+
+def test_a_damaged_shard_and_a_server_without_ranges_are_errors(web: FaultyServer, tmp_path: Path) -> None:
+    entry = ShardIndex.load(tmp_path / "web").entry(3)
+    web.damage = flip_byte("shard-000000.tar", entry.offset + 9, times=10**6)
+    with pytest.raises(ValueError, match=r"shard http.*/shard-000000\.tar is damaged: .* copy it again"):
+        convert(f"{web.url}/shard-{{000000..000000}}.tar", tmp_path / "out", workers=1)
+    web.ranges = False
+    with pytest.raises(ValueError, match="the server sends whole files where a part is asked for"):
+        convert(f"{web.url}/shard-000000.tar", tmp_path / "out", workers=1)
+    with pytest.raises(ValueError, match=r"shard-000099\.tar: not found"):
+        convert(f"{web.url}/shard-000099.tar", tmp_path / "out", workers=1)
