@@ -18,6 +18,8 @@ from scaler.collectives import World
 from scaler.layout import Layout
 from scaler.methods.base import Batch, Method
 from scaler.recipe import Recipe
+from scaler.resume import flatten
+from scaler.schedules import Duration
 from scaler.strategies.processes import ranks_per_node
 from shards.decode import View
 from shards.index import ShardIndex
@@ -131,6 +133,11 @@ class StreamData(TrainingData):
         from shards.stream import StreamLoader, expand_sources, resolve_sources, sources_fingerprint
 
         self._recipe, self._loader = recipe, StreamLoader
+        if epochs := [f"{key}={value}" for key, value in flatten(recipe.model_dump()) if _is_in_epochs(value)]:
+            raise ValueError(
+                "a stream (data.reader) has no epochs, since nobody knows how many images it holds: give "
+                f"{', '.join(epochs)} in steps or images"
+            )
         self._urls = expand_sources(recipe.data.shards, allow_pipes=recipe.data.allow_pipes)
         self.fingerprint, self.place = sources_fingerprint(self._urls), resolve_sources(recipe.data.shards)
 
@@ -166,6 +173,13 @@ def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
     if lanes == "auto":
         lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
     return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
+
+
+def _is_in_epochs(value: object) -> bool:
+    try:
+        return Duration.parse(value).unit == "epochs"
+    except ValueError:
+        return False
 
 
 def _loader_options(recipe: Recipe, *, layout: Layout, world: World) -> dict[str, Any]:

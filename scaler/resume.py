@@ -43,7 +43,7 @@ def check_continues(
             f"{fingerprint[:12]}): the order of images would change; restore the shards, start a new "
             "run.dir, or set checkpoint.allow_changes=[data]"
         )
-    before, now = dict(_flatten(manifest["recipe"])), dict(_flatten(recipe))
+    before, now = dict(flatten(manifest["recipe"])), dict(flatten(recipe))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     changed = [k for k in changed if not k.startswith(_FREE) and k not in allowed]
     if changed:
@@ -55,10 +55,10 @@ def check_continues(
         )
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values of a nested mapping."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

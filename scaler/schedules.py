@@ -43,17 +43,14 @@ class Duration:
     def steps(self, *, global_batch_size: int, num_samples: int | None) -> int:
         """The whole number of steps that holds this duration (images and epochs are rounded up).
 
-        Raises:
-            ValueError: epochs, and nobody knows how many samples there are (`num_samples` None).
+        `num_samples` None: nobody knows, and no duration is in epochs.
         """
         if self.unit == "steps":
             return math.ceil(self.amount)
-        if self.unit == "epochs" and num_samples is None:
-            raise ValueError(
-                f"{str(self)!r}: a stream (data.reader) has no epochs, since nobody knows how many images it holds; "
-                "give steps or images"
-            )
-        images = self.amount * (num_samples if self.unit == "epochs" and num_samples else 1)
+        images = self.amount
+        if self.unit == "epochs":
+            assert num_samples is not None, "a stream has no epochs"
+            images *= num_samples
         return math.ceil(round(images / global_batch_size, 9))
 
 

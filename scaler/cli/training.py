@@ -31,8 +31,13 @@ def train(
         checked = load_recipe(recipe, overrides=overrides or [])
     except ValueError as error:
         raise WrongUse(str(error)) from None
+    # What is wrong with the data is said once here, instead of by every process.
     if checked.data.reader == "indexed":
-        ShardIndex.load(checked.data.shards)  # said once here, instead of by every process
+        ShardIndex.load(checked.data.shards)
+    else:
+        from scaler.data import open_data  # brings torch, which takes seconds
+
+        open_data(checked)
     command = train_command(recipe, overrides or [], processes=processes, strategy=checked.strategy.name)
     raise typer.Exit(run(command, processes=processes))
 

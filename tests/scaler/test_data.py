@@ -77,8 +77,12 @@ def test_labels_come_with_the_stream(shards: Path, tmp_path: Path, capfd: pytest
 @pytest.mark.parametrize(
     ("source", "overrides", "message"),
     [
-        ("SHARDS/shard-000000.tar", ["schedule.total=2 epochs"], "'2 epochs': a stream .* has no epochs, .*give steps"),
-        ("SHARDS/shard-000000.tar", ["checkpoint.every=1 epochs"], "'1 epochs': a stream"),
+        (
+            "SHARDS/shard-000000.tar",
+            ["schedule.total=2 epochs", "checkpoint.every=1 epochs", "run.stop_after=1 epoch"],
+            "a stream .* has no epochs, .*: give schedule.total=2 epochs, checkpoint.every=1 epochs, "
+            "run.stop_after=1 epochs in steps or images",
+        ),
         ("pipe:cat SHARDS/shard-000000.tar", [], r"is a command, .* set data\.allow_pipes=true"),
         ("SHARDS", [], "is no shard; name some, as .*/train-{000000..000099}.tar"),
         ("SHARDS/missing.tar", [], "cannot read shard .*missing.tar: .*No such file"),
