@@ -24,7 +24,7 @@ from shards.layout import Plan
 from shards.offsets import Skipped
 from shards.parallel import default_workers, map_processes
 from shards.places import Location, locate
-from shards.samples import find_shards, scan_shards
+from shards.shardlist import find_shards, scan_shards
 from shards.sources import Source
 from shards.storage import parse_size
 from shards.writer import Options

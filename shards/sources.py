@@ -1,4 +1,4 @@
-"""What images come from: a folder, a list of files, or other shards (shards/folder.py, filelist.py, samples.py).
+"""What images come from: a folder, a list of files, or other shards (shards/folder.py, filelist.py, shardlist.py).
 
 A source is listed once, when a conversion is planned. Its columns go to the worker processes, which read the bytes.
 """
