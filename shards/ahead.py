@@ -199,7 +199,7 @@ class Reader:
             self.not_before[shard] = now + _AGAIN
             reserved = self.attempt(lambda n=name, r=record: self.cache.reserve(n, r.num_bytes))  # type: ignore[misc]
             if isinstance(reserved, Download):
-                self.running[self.pool.submit(download, reserved, self.folder, record)] = shard
+                self.running[self.pool.submit(self.bring, shard, reserved)] = shard
             elif reserved is Refusal.TOO_LARGE:
                 self.tell(
                     f"shard {self.index.shard_path(shard)} is larger than the cache's bound of {self.cache.max_bytes} "
@@ -208,6 +208,12 @@ class Reader:
                 )
             elif reserved is Refusal.FULL:
                 return  # what is needed later must not take the room first
+
+    def bring(self, shard: int, reserved: Download) -> Hold:
+        """Fetch a shard, and before it what says where its samples are: it is needed for reads by range too."""
+        with reserved:
+            self.index.fetch_offsets(shard)
+            return download(reserved, self.folder, self.index.shard_record(shard))
 
     def finish(self, future: Future[Hold]) -> None:
         """Take over what a download has brought."""

@@ -275,6 +275,10 @@ class ShardIndex:
         self._tables[shard] = table  # last in, so the one used longest ago is dropped first
         return table
 
+    def fetch_offsets(self, shard: int) -> None:
+        """Have the offset file of a shard of a URL in the cache. `ValueError`: it cannot be had, or is damaged."""
+        self._remote_table(shard, offset_path(Path(self.shard_names[shard])).name)
+
     def _remote_table(self, shard: int, name: str) -> OffsetTable:
         """The offset file of a URL: from the cache, or fetched into it."""
         place = self.path / name

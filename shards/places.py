@@ -406,11 +406,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of aiohttp, requests or botocore."""
+    """The HTTP status in an error of aiohttp, requests, botocore or gcsfs."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return getattr(error, "status", None) or getattr(response, "status_code", None)
+    found = (getattr(error, "status", None), getattr(response, "status_code", None), getattr(error, "code", None))
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def _line(error: BaseException) -> str:

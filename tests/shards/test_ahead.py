@@ -79,29 +79,28 @@ def test_the_lanes_of_a_rank(ranks: int, per_rank: int, lanes: int, start: int, 
         assert used == set(found)
 
 
-def fetched(folder: Path, tmp_path: Path, *, share: int, ahead: int, image: int) -> list[int]:
-    """The shards that come into the cache, by their turn, when the training is at `image`; one image a shard."""
+def fetched(folder: Path, cache: Path, *, share: int, ahead: int, turn: int) -> list[int]:
+    """The turns of the shards that come into the cache when a training in one lane has come to shard `turn`."""
     with faulty_server(folder) as server:
-        index = ShardIndex.load(server.url, cache=ShardCache(tmp_path / "cache"))
-        index.shard_sizes[:] = 1
-        order = SampleOrder([1] * len(index.shard_names), seed=0, lanes=1, shuffle_window=1)
-        needs = partial(order.shard_needs, 0, stop=None, lanes=range(1))
-        with reading_ahead(index, needs, start=image, share=share, ahead=ahead):
-            deadline, found, since = time.monotonic() + 20, -1, time.monotonic()
-            while time.monotonic() < deadline and time.monotonic() - since < 1.0:
-                if (now := len(list((tmp_path / "cache").glob("*.tar")))) != found:
-                    found, since = now, time.monotonic() + (1.0 if now == 0 else 0.0)
+        index = ShardIndex.load(server.url, cache=ShardCache(cache))
+        order = SampleOrder(index.shard_sizes, seed=0, lanes=1, shuffle_window=1)
+        needs = partial(order.shard_needs, 0, stop=index.num_samples, lanes=range(1))
+        turns = list(needs())
+        with reading_ahead(index, needs, start=turns[turn].first, share=share, ahead=ahead):
+            found, since, deadline = 0, time.monotonic(), time.monotonic() + 20
+            while time.monotonic() < min(since + (1 if found else 20), deadline):
+                if (now := len(list(cache.glob("*.tar")))) != found:
+                    found, since = now, time.monotonic()
                 time.sleep(0.02)
-        sequence = [need.shard for need in itertools.islice(needs(), len(index.shard_names))]
-        return [i for i, shard in enumerate(sequence) if index.cache.find(index.shard_cache_name(shard))]
+        return [i for i, need in enumerate(turns) if cache.joinpath(index.shard_cache_name(need.shard)).exists()]
 
 
 def test_it_fetches_what_is_needed_next_and_no_further(folder: Path, tmp_path: Path) -> None:
     size = max(path.stat().st_size for path in folder.glob("*.tar"))
-    assert fetched(folder, tmp_path / "a", share=1 << 30, ahead=3, image=0) == [0, 1, 2, 3]
-    assert fetched(folder, tmp_path / "b", share=1 << 30, ahead=2, image=4) == [4, 5, 6]
-    assert fetched(folder, tmp_path / "c", share=2 * size, ahead=9, image=1) == [1, 2]
-    assert fetched(folder, tmp_path / "d", share=0, ahead=9, image=0) == [0], "one shard in any case"
+    assert fetched(folder, tmp_path / "a", share=1 << 30, ahead=3, turn=0) == [0, 1, 2, 3]
+    assert fetched(folder, tmp_path / "b", share=1 << 30, ahead=2, turn=4) == [4, 5, 6]
+    assert fetched(folder, tmp_path / "c", share=2 * size, ahead=9, turn=1) == [1, 2]
+    assert fetched(folder, tmp_path / "d", share=0, ahead=9, turn=0) == [0], "one shard in any case"
 
 
 def test_ranks_share_a_small_cache_and_are_killed(folder: Path, tmp_path: Path) -> None:

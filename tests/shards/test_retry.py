@@ -45,7 +45,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_content_is_asked_for_a_few_times() -> None:
     assert retry(failing(*[ValueError("wrong")] * 3)) == 4
-    with pytest.raises(ValueError, match="^wrong$"):
+    with pytest.raises(ValueError, match=r"^wrong$"):
         retry(failing(*[ValueError("wrong")] * 4))
 
 
@@ -55,7 +55,7 @@ def test_what_no_waiting_helps(error: OSError) -> None:
     with pytest.raises(ValueError, match=f"^{error}$") as found:
         retry(act)
     assert found.value.__cause__ is error and act() == 2
-    with pytest.raises(ValueError, match="^odd$"):
+    with pytest.raises(ValueError, match=r"^odd$"):
         retry(failing(ConnectionError("odd")), final=(ConnectionError,))
 
 
