@@ -240,7 +240,7 @@ def test_starving_and_growing_runs_are_told_once(tmp_path: Path) -> None:
     assert out.getvalue() == ""  # never ten rows in a row
     for step in range(30, 60):
         log.log({"step": step, "data_wait": 0.45})
-    assert len(out.getvalue().splitlines()) == 1 and "45% of the time" in out.getvalue()
+    assert len(out.getvalue().splitlines()) == 1 and "50% of the time" in out.getvalue()
     assert "data.num_workers" in out.getvalue()
     for step in range(60, 180):
         log.log({"step": step, "memory_gib": step / 10})
