@@ -136,6 +136,8 @@ def open_tar(folder: Folder, name: str, *, size: int, digest: Digest) -> TarStre
 
 def _pieces(folder: Folder, name: str, *, size: int, digest: Digest) -> Iterator[memoryview]:
     """The bytes of a file, the next piece being read while this one is used."""
+    if not size:  # or something that is no file, such as a pipe, which nobody may ever write to
+        return
     remote = isinstance(folder.location, Url)
     buffers = [memoryview(bytearray(min(_PIECE, size))) for _ in range(2)]
 

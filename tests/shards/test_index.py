@@ -249,6 +249,12 @@ def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+def test_a_pipe_called_tar_stops_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "s.tar")
+    with pytest.raises(ValueError, match=r"s\.tar is cut off or damaged at byte 0 \(the file ends there\)"):
+        build_index(tmp_path, workers=1)
+
+
 def test_nothing_in_a_shard_is_run(tmp_path: Path) -> None:
     """What would do something if it were unpickled, imported or sourced, beside an image and in its place."""
 
