@@ -75,14 +75,15 @@ def reading_ahead(
     if index is None or index.cache is None:
         yield lambda image: None
         return
-    with tempfile.TemporaryFile() as position, tempfile.TemporaryFile() as message:
+    with tempfile.TemporaryFile() as position, tempfile.TemporaryFile() as message, tempfile.TemporaryFile() as job:
         files = position.fileno(), message.fileno()
         _tell(files[0], start)
-        job = Job(index, needs, share, ahead, os.getpid(), *files)
+        pickle.dump(Job(index, needs, share, ahead, os.getpid(), *files), job)
+        job.seek(0)  # a file, since a pipe would make us wait until the process has started
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import main; main()"],
-            stdin=subprocess.PIPE,
+            stdin=job,
             pass_fds=files,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
@@ -99,9 +100,6 @@ def reading_ahead(
                 print(f"warning: {what}; {_ONE_BY_ONE}", file=sys.stderr, flush=True)
 
         try:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                pickle.dump(job, pipe)
             yield advance
         finally:
             process.kill()  # at any moment: the cache bears that
@@ -117,10 +115,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))  # the parent needs batches until it has saved
-    try:
-        job: Job = pickle.load(sys.stdin.buffer)
-    except EOFError:
-        return  # the parent is gone already
+    job: Job = pickle.load(sys.stdin.buffer)
     try:
         Reader(job).run()
     except ValueError as error:

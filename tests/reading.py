@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import subprocess
@@ -16,13 +15,22 @@ from pathlib import Path
 import torch
 
 from shards.cache import ShardCache
+from shards.convert import convert
 from shards.decode import View
 from shards.index import ShardIndex
 from shards.loader import ShardLoader
 from shards.order import SampleOrder
+from tests.images import make_image_folder
 
 ROOT = Path(__file__).parents[1]
 STOP = 480  # images
+
+
+def small_shards(folder: Path, *, num_images: int) -> Path:
+    """Shards of some 20 pictures."""
+    make_image_folder(folder / "images", num_images=num_images, size=40)
+    convert(folder / "images", folder / "shards", shard_size=40_000, workers=1)
+    return folder / "shards"
 
 
 def make_loader(index: ShardIndex, *, rank: int, ranks: int, ranks_per_node: int, workers: int) -> ShardLoader:
@@ -109,25 +117,6 @@ def start_reading(
 ) -> Rank:
     """Start a rank; `prefix` are words before its command. It waits `pause` seconds after each micro-batch."""
     return Rank((where, cache, bound, rank, ranks, ranks_per_node, workers, pause), prefix=prefix)
-
-
-def used_bytes(folder: Path) -> int:
-    """Bytes on the disk of a folder and the files in it."""
-    total = 0
-    for path in [folder, *folder.glob("*")]:
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_blocks * 512
-    return total
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(path.name))
-    return found
 
 
 def _main(words: list[str], environment: dict[str, str]) -> None:

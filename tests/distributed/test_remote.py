@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import convert
 from shards.index import ShardIndex
 from shards.loader import rank_lanes
 from tests.http import Nginx, free_port, nginx
-from tests.images import make_image_folder
-from tests.reading import ROOT, STOP, Rank, make_loader, start_reading
+from tests.reading import ROOT, STOP, Rank, make_loader, small_shards, start_reading
 from tests.runs import make_shards, rows, write_recipe
 from tests.s3 import rclone_server, use_s3
 
@@ -28,10 +26,7 @@ LONG = pytest.mark.skipif("SCALER_TEST_LONG" not in os.environ, reason="SCALER_T
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    make_image_folder(path / "images", num_images=300, size=40)
-    convert(path / "images", path / "shards", shard_size=45_000, workers=1)
-    return path / "shards"
+    return small_shards(tmp_path_factory.mktemp("data"), num_images=300)
 
 
 @contextlib.contextmanager

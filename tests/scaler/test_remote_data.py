@@ -12,18 +12,14 @@ from scaler.layout import Layout
 from scaler.recipe import Data, Recipe, load_recipe
 from scaler.strategies.processes import ranks_per_node
 from scaler.train import main, resolved_recipe
-from shards.convert import convert
 from tests.http import faulty_server
-from tests.images import make_image_folder
+from tests.reading import small_shards
 from tests.runs import rows, write_recipe
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    make_image_folder(path / "images", num_images=100, size=32)
-    convert(path / "images", path / "shards", shard_size=30_000, workers=1)
-    return path / "shards"
+    return small_shards(tmp_path_factory.mktemp("data"), num_images=100)
 
 
 def notes(recipe: Recipe) -> str:

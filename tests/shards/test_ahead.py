@@ -17,21 +17,17 @@ from hypothesis import strategies as st
 
 from shards.ahead import reading_ahead
 from shards.cache import ShardCache
-from shards.convert import convert
 from shards.index import ShardIndex
 from shards.loader import cached_set_bytes, rank_lanes
 from shards.order import SampleOrder
 from tests.http import faulty_server
-from tests.images import make_image_folder
-from tests.reading import Rank, children, start_reading, used_bytes
+from tests.machine import children, used_bytes
+from tests.reading import Rank, small_shards, start_reading
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    make_image_folder(path / "images", num_images=240, size=40)
-    convert(path / "images", path / "shards", shard_size=45_000, workers=1)
-    return path / "shards"
+    return small_shards(tmp_path_factory.mktemp("data"), num_images=240)
 
 
 @settings(deadline=None)

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from shards.cache import ShardCache
-from shards.convert import convert
 from shards.decode import View
 from shards.index import INDEX_NAME, ShardIndex
 from shards.loader import ShardLoader, evaluation_batches
@@ -26,17 +25,14 @@ from shards.order import SampleOrder
 from shards.places import Url
 from shards.reader import SampleReader
 from tests.http import FaultyServer, faulty_server, flip_byte, nginx
-from tests.images import make_image_folder
+from tests.reading import small_shards
 
 Stream = list[tuple[bytes, int]]  # ids and the crc32 of the pixels of every micro-batch
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    make_image_folder(path / "images", num_images=120, size=40)
-    convert(path / "images", path / "shards", shard_size=30_000, workers=1)
-    return path / "shards"
+    return small_shards(tmp_path_factory.mktemp("data"), num_images=120)
 
 
 @pytest.fixture
