@@ -14,9 +14,10 @@ from braceexpand import braceexpand
 from shards.folder import IMAGE_EXTENSIONS, files_digest, image_extension
 from shards.index import INDEX_NAME, ShardIndex
 from shards.indexing import open_tar, tar_sizes
-from shards.offsets import Sample, Skipped, offset_name, parse_offsets
+from shards.offsets import OffsetTable, Sample, Skipped, offset_name, parse_offsets
 from shards.parallel import map_processes
 from shards.places import Folder, Location, folder_at, locate
+from shards.retry import retry
 from shards.samples import Samples
 from shards.tar import sample_files, scan_tar
 
@@ -147,16 +148,23 @@ def _scan(shard: tuple[Location, str, int], *, json_members: bool) -> _Scanned:
 
 def _size(folder: Folder, name: str) -> int:
     try:
-        return folder.size(name)
+        return folder.size(name) if isinstance(folder.location, Path) else retry(partial(folder.size, name))
     except OSError as error:
         raise ValueError(f"cannot read shard {folder.location / name}: {error.strerror or error}") from error
 
 
 def _known_samples(folder: Folder, name: str, *, size: int) -> tuple[list[Sample], list[Skipped]] | None:
-    """What the offset file beside a shard says, if it belongs to it."""
+    """What the offset file beside a shard says, if there is one that belongs to it."""
+    place = folder.location / offset_name(name)
+
+    def read() -> OffsetTable:
+        return parse_offsets(folder.read(offset_name(name)), place)
+
     try:
-        table = parse_offsets(folder.read(offset_name(name)), folder.location / offset_name(name))
-    except (OSError, ValueError):
+        table = read() if isinstance(folder.location, Path) else retry(read)
+    except (OSError, ValueError) as error:
+        if isinstance(error.__cause__ or error, OSError) and not _is_missing(error):
+            raise  # it may be there, and could not be read
         return None
     if (table.shard_name, table.num_bytes) != (name, size):
         return None
@@ -166,10 +174,16 @@ def _known_samples(folder: Folder, name: str, *, size: int) -> tuple[list[Sample
 def _index(place: Location) -> ShardIndex | None:
     try:
         return ShardIndex.load(place)
-    except ValueError:
-        if isinstance(place, Path) and (place / INDEX_NAME).exists():
-            raise  # damaged, so that the class names would be lost
-        return None
+    except ValueError as error:
+        if _is_missing(error):
+            return None
+        raise  # damaged or out of reach, so that the class names would be lost
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, FileNotFoundError):
+        error = error.__cause__
+    return error is not None
 
 
 def _class_names(found: dict[tuple[str, ...], Location], *, num_classes: int) -> list[str]:

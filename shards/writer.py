@@ -6,7 +6,7 @@ import contextlib
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -63,19 +63,19 @@ def write_shard(
 
     `keys` are those of the whole source. What is no usable image is left out, with the reason.
     """
-    samples: list[_Written] = []
     skipped: list[Skipped] = []
     too_large = np.flatnonzero(source.sizes[numbers] > MAX_IMAGE_BYTES)
     for number in numbers[too_large].tolist():
         why = f"{source.sizes[number]} bytes is above the limit of {MAX_IMAGE_BYTES} for one image"
         skipped.append((printable(source.paths[number]), why))
     numbers = np.delete(numbers, too_large)
-    add = _add_changed if options.json_member or options.decode_check or options.resize else _add_as_they_are
+    changed = options.json_member or options.decode_check or options.resize
     with writing_archive(place) as archive, source.reading(numbers.tolist()):
+        shard = _Shard(archive, source, keys, options, skipped)
         for part in np.split(numbers, range(_HEADERS_AT_ONCE, len(numbers), _HEADERS_AT_ONCE)):
-            add(archive, source, part, keys=keys, options=options, samples=samples, skipped=skipped)
+            (shard.add_changed if changed else shard.add_as_they_are)(part)
         num_bytes, sha256 = archive.finish()
-    chosen, extensions, starts, sizes, crc32 = zip(*samples, strict=True) if samples else [()] * 5
+    chosen, extensions, starts, sizes, crc32 = zip(*shard.samples, strict=True) if shard.samples else [()] * 5
     offsets = pack_columns(
         keys=[keys[number] for number in chosen],
         extensions=extensions,
@@ -93,89 +93,85 @@ def write_shard(
         write_atomic(place.with_name(offset_name(place.name)), offsets)
     else:
         folder_at(place.parent).write(offset_name(place.name), offsets)
-    return WrittenShard(name, num_bytes, len(samples), sha256, skipped)
+    return WrittenShard(name, num_bytes, len(shard.samples), sha256, skipped)
 
 
-def _add_as_they_are(
-    archive: Archive,
-    source: Source,
-    numbers: NDArray[np.int64],
-    *,
-    keys: Sequence[str],
-    options: Options,
-    samples: list[_Written],
-    skipped: list[Skipped],
-) -> None:
-    """Add images with their labels: as many at a time as a buffer has room for, laid out in it before they are read."""
-    chosen, sizes, labels = numbers.tolist(), source.sizes[numbers].clip(0), source.labels[numbers]
-    names = source.names
-    extensions = [_extension(names[number]) for number in chosen]
-    encoded = [keys[number].encode() for number in chosen]
-    members = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
-    headers = ustar_headers(members, sizes)
-    tails = label_members(encoded, labels.clip(0)).reshape(-1, 2, BLOCK)
-    images = BLOCK + -(-sizes // BLOCK) * BLOCK
-    ends = np.cumsum(images + 2 * BLOCK * (labels >= 0))
-    starts = np.append(0, ends[:-1])
-    first = 0
-    while first < len(chosen):
-        room = archive.room(int(ends[first] - starts[first]))
-        part = slice(first, int(np.searchsorted(ends, starts[first] + len(room), side="right")))
-        begin = starts[part] - starts[first]  # in the room, as are all positions from here on
-        blocks = np.frombuffer(room, dtype=np.uint8).reshape(-1, BLOCK)
-        blocks[(begin + images[part]) // BLOCK - 1] = 0  # the images' last blocks, which they need not fill
-        blocks[begin // BLOCK] = headers[part]
-        labelled = np.flatnonzero(labels[part] >= 0)
-        after = (begin + images[part])[labelled] // BLOCK
-        blocks[after], blocks[after + 1] = tails[part][labelled, 0], tails[part][labelled, 1]
-        begins, lengths = (begin + BLOCK).tolist(), sizes[part].tolist()
-        crc32, sound = source.read_many(chosen[part], room, begin + BLOCK, sizes[part], max_pixels=options.max_pixels)
-        usable = len(begins)
-        for i in [i for i in range(usable) if i >= len(sound) or not sound[i]]:
-            number, data = chosen[first + i], room[begins[i] : begins[i] + lengths[i]]
+@dataclass
+class _Shard:
+    """A shard being filled."""
+
+    archive: Archive
+    source: Source
+    keys: Sequence[str]  # of the whole source
+    options: Options
+    skipped: list[Skipped]
+    samples: list[_Written] = field(default_factory=list)
+
+    def add_as_they_are(self, numbers: NDArray[np.int64]) -> None:
+        """Add images with their labels: as many at a time as a buffer has room for, laid out before they are read."""
+        chosen, sizes, labels = numbers.tolist(), self.source.sizes[numbers].clip(0), self.source.labels[numbers]
+        names = self.source.names
+        extensions = [_extension(names[number]) for number in chosen]
+        encoded = [self.keys[number].encode() for number in chosen]
+        members = [b"%b.%b" % (key, extension.encode()) for key, extension in zip(encoded, extensions, strict=True)]
+        headers = ustar_headers(members, sizes)
+        tails = label_members(encoded, labels.clip(0)).reshape(-1, 2, BLOCK)
+        images = BLOCK + -(-sizes // BLOCK) * BLOCK
+        ends = np.cumsum(images + 2 * BLOCK * (labels >= 0))
+        starts = np.append(0, ends[:-1])
+        first, limit = 0, len(chosen)
+        while first < len(chosen):
+            room = self.archive.room(int(ends[first] - starts[first]))
+            past = int(np.searchsorted(ends, starts[first] + len(room), side="right"))
+            part = slice(first, min(past, first + limit))
+            limit *= 2
+            begin = starts[part] - starts[first]  # in the room, as are all positions from here on
+            blocks = np.frombuffer(room, dtype=np.uint8).reshape(-1, BLOCK)
+            blocks[(begin + images[part]) // BLOCK - 1] = 0  # the images' last blocks, which they need not fill
+            blocks[begin // BLOCK] = headers[part]
+            labelled = np.flatnonzero(labels[part] >= 0)
+            after = (begin + images[part])[labelled] // BLOCK
+            blocks[after], blocks[after + 1] = tails[part][labelled, 0], tails[part][labelled, 1]
+            begins, lengths = (begin + BLOCK).tolist(), sizes[part].tolist()
+            crc32, sound = self.source.read_many(
+                chosen[part], room, begin + BLOCK, sizes[part], max_pixels=self.options.max_pixels
+            )
+            usable = len(begins)
+            for i in [i for i in range(usable) if i >= len(sound) or not sound[i]]:
+                number, data = chosen[first + i], room[begins[i] : begins[i] + lengths[i]]
+                try:
+                    if i >= len(sound):
+                        self.source.read(number, data)
+                        crc32.append(zlib.crc32(data))
+                    _inspect(data, max_pixels=self.options.max_pixels)
+                except DecodeError as error:
+                    self.skipped.append((printable(self.source.paths[number]), str(error)))
+                    first += 1  # the images after it are laid out anew, few at first: more like it may come
+                    usable, limit = i, 4
+                    break
+            if usable:
+                offsets = (self.archive.position + begin[:usable] + BLOCK).tolist()
+                rows = chosen[part][:usable], extensions[part][:usable], offsets, lengths[:usable], crc32[:usable]
+                self.samples += zip(*rows, strict=True)
+                self.archive.advance(int(ends[part][usable - 1] - starts[part][0]))
+                first += usable
+
+    def add_changed(self, numbers: NDArray[np.int64]) -> None:
+        """Add images one by one, with whatever is done to them, and with their labels and JSON."""
+        for number in numbers.tolist():
             try:
-                if i >= len(sound):
-                    source.read(number, data)
-                    crc32.append(zlib.crc32(data))
-                _inspect(data, max_pixels=options.max_pixels)
+                data, extension, info = _changed(self.source, number, options=self.options)
+                about = self.source.about(number) if self.options.json_member else {}
             except DecodeError as error:
-                skipped.append((printable(source.paths[number]), str(error)))
-                first += 1  # the images after it are laid out anew
-                usable = i
-                break
-        if usable:
-            offsets = (archive.position + begin[:usable] + BLOCK).tolist()
-            rows = chosen[part][:usable], extensions[part][:usable], offsets, lengths[:usable], crc32[:usable]
-            samples += zip(*rows, strict=True)
-            archive.advance(int(ends[part][usable - 1] - starts[part][0]))
-            first += usable
-
-
-def _add_changed(
-    archive: Archive,
-    source: Source,
-    numbers: NDArray[np.int64],
-    *,
-    keys: Sequence[str],
-    options: Options,
-    samples: list[_Written],
-    skipped: list[Skipped],
-) -> None:
-    """Add images one by one, with whatever is done to them, and with their labels and JSON."""
-    for number in numbers.tolist():
-        try:
-            data, extension, info = _changed(source, number, options=options)
-            about = source.about(number) if options.json_member else {}
-        except DecodeError as error:
-            skipped.append((printable(source.paths[number]), str(error)))
-            continue
-        offset = archive.add(f"{keys[number]}.{extension}", data)
-        samples.append((number, extension, offset, len(data), zlib.crc32(data)))
-        if source.labels[number] >= 0:
-            archive.add(f"{keys[number]}.cls", b"%d" % source.labels[number])
-        if options.json_member:
-            about = {"path": source.paths[number], **about, "width": info.width, "height": info.height}
-            archive.add(f"{keys[number]}.json", json.dumps(about).encode())
+                self.skipped.append((printable(self.source.paths[number]), str(error)))
+                continue
+            offset = self.archive.add(f"{self.keys[number]}.{extension}", data)
+            self.samples.append((number, extension, offset, len(data), zlib.crc32(data)))
+            if self.source.labels[number] >= 0:
+                self.archive.add(f"{self.keys[number]}.cls", b"%d" % self.source.labels[number])
+            if self.options.json_member:
+                about = {"path": self.source.paths[number], **about, "width": info.width, "height": info.height}
+                self.archive.add(f"{self.keys[number]}.json", json.dumps(about).encode())
 
 
 def _changed(source: Source, number: int, *, options: Options) -> tuple[bytes | bytearray, str, ImageInfo]:
