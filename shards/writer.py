@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shards.archive import Archive, label_members, ustar_headers, writing_archive
 from shards.destination import WrittenShard
-from shards.image_header import DecodeError, ImageInfo, inspect
+from shards.image_header import DEFAULT_MAX_PIXELS, DecodeError, ImageInfo, inspect
 from shards.offsets import Skipped, offset_name, pack_columns
 from shards.places import Location, folder_at
 from shards.sources import Source
@@ -32,7 +32,7 @@ class Options:
 
     json_member: bool = False
     decode_check: bool = False
-    max_pixels: int = 100_000_000
+    max_pixels: int = DEFAULT_MAX_PIXELS
     resize: int = 0
     quality: int = 90
 

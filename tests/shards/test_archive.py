@@ -22,6 +22,7 @@ Factory = pytest.TempPathFactory
 NAMES = st.text("ab/é_-. ", min_size=1, max_size=120).filter(lambda name: split_name(name.encode()) is not None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(NAMES, st.integers(0, (1 << 33) - 1)), min_size=1, max_size=20))
 def test_headers_of_many_are_those_of_each(members: list[tuple[str, int]]) -> None:
     sizes = np.array([size for _, size in members], dtype=np.int64)
@@ -29,6 +30,7 @@ def test_headers_of_many_are_those_of_each(members: list[tuple[str, int]]) -> No
     assert [row.tobytes() for row in rows] == [ustar_header(name, size=size) for name, size in members]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9))
 def test_label_members_are_read_by_tarfile(labels: list[int]) -> None:
     rows = label_members([b"key%d" % i for i in range(len(labels))], np.array(labels, dtype=np.int64))

@@ -82,6 +82,7 @@ def test_any_paths(paths: list[str]) -> None:
         assert not any(part.startswith(".") or not part for part in key.split("/"))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("aB9_-. /é\n", min_size=1, max_size=110), max_size=30))
 def test_ordinary_paths_take_a_short_way_to_the_same_keys(stems: list[str]) -> None:
     paths = [f"{stem}.jpg" for stem in stems]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.convert import convert
@@ -36,6 +36,7 @@ def plan(source: Files, **options) -> Plan:
     return Plan(source, locate("memory://x"), Options(), **wanted)
 
 
+@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=2, max_size=300),
     fraction=st.floats(0.01, 0.99),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import sources
@@ -21,6 +21,7 @@ compiled = pytest.mark.skipif(sources._files is None, reason="shards/_files.c is
 
 
 @compiled
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=8), st.integers(0, 7))
 def test_files_and_their_crc32(tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], gap: int) -> None:
     folder = tmp_path_factory.mktemp("files")
@@ -67,6 +68,7 @@ HEADER = JPEG.index(b"\xff\xda")
 
 
 @compiled
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, HEADER), st.integers(0, 255)), max_size=3), st.sampled_from([200, 10**8]))
 def test_what_it_takes_for_sound_is_sound(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], max_pixels: int
