@@ -69,9 +69,9 @@ class TrainingBatches(Dataset["Batch | Failure"]):
         draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
         labels = torch.empty(size, dtype=torch.int64)
         rejected: list[dict[str, Any]] = []
-        for row, wanted in enumerate(self.index.spans(request.ids)):
-            out, numbers = [array[:, row] for array in arrays], [drawn[row] for drawn in draws]
-            try:
+        try:
+            for row, wanted in enumerate(self.index.spans(request.ids)):
+                out, numbers = [array[:, row] for array in arrays], [drawn[row] for drawn in draws]
                 shown, reason = self._decode_or_replace(wanted, out, numbers, seconds)
                 labels[row] = shown.label
                 if reason is not None:
@@ -84,8 +84,8 @@ class TrainingBatches(Dataset["Batch | Failure"]):
                             "replacement_key": self.index.entry(shown.id).key,
                         }
                     )
-            except ValueError as error:
-                return Failure(str(error), traceback.format_exc())
+        except ValueError as error:
+            return Failure(str(error), traceback.format_exc())
         return training_batch(request, views=views, labels=labels, rejected=rejected, seconds=seconds)
 
     def _decode_or_replace(
@@ -101,7 +101,6 @@ class TrainingBatches(Dataset["Batch | Failure"]):
                 decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
                 return shown, reason
             except DecodeError as error:
-                _check_undamaged(self.index, shown, data)
                 reason = reason or str(error)
         raise ValueError(
             f"shard {self.index.shard_path(wanted.shard)}: none of its {self.index.shard_sizes[wanted.shard]} samples "
@@ -131,26 +130,19 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
         drawn = [draw(self.view, seed=0, epoch=0, sample_id=0)]
         images[np.flatnonzero(ids < 0)] = 0
         rows = np.flatnonzero(ids >= 0)
-        for row, sample in zip(rows.tolist(), self.index.spans(ids[rows]), strict=True):
-            try:
-                data = _read(self.reader, sample, seconds)
+        options: dict[str, Any] = {"views": [self.view], "draws": drawn, "max_pixels": self.max_pixels}
+        try:
+            for row, sample in zip(rows.tolist(), self.index.spans(ids[rows]), strict=True):
                 labels[row] = sample.label
+                data = _read(self.reader, sample, seconds)
                 try:
-                    decode_into(
-                        [array[row : row + 1]],
-                        data,
-                        views=[self.view],
-                        draws=drawn,
-                        max_pixels=self.max_pixels,
-                        seconds=seconds,
-                    )
+                    decode_into([array[row : row + 1]], data, **options, seconds=seconds)
                     weights[row] = 1.0
                 except DecodeError as error:
-                    _check_undamaged(self.index, sample, data)
                     images[row] = 0
                     rejected.append(describe(self.index, sample.id, str(error)))
-            except ValueError as error:
-                return Failure(str(error), traceback.format_exc())
+        except ValueError as error:
+            return Failure(str(error), traceback.format_exc())
         return {
             "images": images,
             "ids": torch.from_numpy(ids),
@@ -187,21 +179,18 @@ def new_pixels(shape: tuple[int, ...]) -> Tensor:
 
 
 def _read(reader: SampleReader, sample: Span, seconds: Seconds) -> bytes:
+    """The bytes that were indexed: what a disk or a network has changed since is an error, never other pixels, and no
+    bad picture either, which would be replaced."""
     started = time.perf_counter()
     data = reader.read(sample)
+    if zlib.crc32(data) != sample.crc32:
+        index, key = reader.index, reader.index.entry(sample.id).key
+        raise ValueError(
+            f"shard {index.shard_path(sample.shard)} is damaged: {key!r} is not what was indexed (its crc32 is "
+            f"another); copy the shard again, or run `scaler index {index.path}` if the change is meant"
+        )
     seconds.read += time.perf_counter() - started
     return data
-
-
-def _check_undamaged(index: ShardIndex, sample: Span, data: bytes) -> None:
-    """`ValueError` naming the shard unless `data`, which cannot be decoded, are the bytes that were indexed: then the
-    picture was never better."""
-    if zlib.crc32(data) != sample.crc32:
-        raise ValueError(
-            f"shard {index.shard_path(sample.shard)} is damaged: {index.entry(sample.id).key!r} is not what was "
-            "indexed (its crc32 is another); copy the shard again, or run "
-            f"`scaler index {index.path}` if the change is meant"
-        )
 
 
 def describe(index: ShardIndex, id: int, reason: str) -> dict[str, Any]:

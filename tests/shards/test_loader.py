@@ -270,21 +270,33 @@ def test_a_truncated_shard_is_named(index: ShardIndex, tmp_path: Path, num_worke
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("where", [0, -100])
 def test_a_sample_that_was_damaged_after_indexing_is_no_bad_picture(
-    index: ShardIndex, tmp_path: Path, num_workers: int
+    index: ShardIndex, tmp_path: Path, num_workers: int, where: int
 ) -> None:
-    """It would be replaced by another one, and the run would train on other samples without a word."""
+    """It would be replaced by another one, or shown with other pixels, without a word."""
     copy = copy_of(index, tmp_path)
     entry = copy.entry(20)
     with copy.shard_path(entry.shard).open("r+b") as file:
-        file.seek(entry.offset)
-        file.write(bytes(entry.size))
+        file.seek(entry.offset + where % entry.size)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
     for batches in (
         iter(make_loader(copy, num_workers=num_workers)),
         evaluation_batches(copy, view=CENTER, batch_size=8, num_workers=num_workers),
     ):
         message = user_error(batches)
         assert str(copy.shard_path(entry.shard)) in message and "damaged" in message and repr(entry.key) in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_offset_file_is_named(index: ShardIndex, tmp_path: Path, num_workers: int) -> None:
+    copy = copy_of(index, tmp_path)
+    file = sorted(tmp_path.rglob("*.offsets"))[2]
+    file.write_bytes(file.read_bytes()[:-3])
+    assert str(file) in user_error(iter(make_loader(copy, num_workers=num_workers)))
+    assert str(file) in user_error(evaluation_batches(copy, view=CENTER, batch_size=8, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
