@@ -83,18 +83,9 @@ class Nginx:
             user=user, work=self.work, address=self.address, port=self.port, folder=self.folder, extra=self.extra
         )
         (self.work / "nginx.conf").write_text(text)
-        program = shutil.which("nginx", path=PATH)
-        self.process = subprocess.Popen(
-            [
-                str(program),
-                "-c",
-                str(self.work / "nginx.conf"),
-                "-p",
-                str(self.work),
-                "-e",
-                str(self.work / "error.log"),
-            ]
-        )
+        program, work = str(shutil.which("nginx", path=PATH)), str(self.work)
+        options = ["-c", f"{work}/nginx.conf", "-p", work, "-e", f"{work}/error.log"]
+        self.process = subprocess.Popen([*with_parent("TERM"), program, *options])
         deadline = time.monotonic() + 10
         while True:
             with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), timeout=1):
@@ -238,6 +229,11 @@ def flip_byte(path: str, offset: int, *, times: int) -> Callable[[str, int, byte
         return data[: offset - start] + bytes([data[offset - start] ^ 1]) + data[offset - start + 1 :]
 
     return damage
+
+
+def with_parent(signal_name: str) -> list[str]:
+    """Words before a command that has to end (by this signal) when the test's process does, however that does."""
+    return ["setpriv", "--pdeathsig", signal_name] if shutil.which("setpriv") else []
 
 
 def free_port() -> int:

