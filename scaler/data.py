@@ -79,7 +79,7 @@ class IndexedData(TrainingData):
         self.order = build_order(recipe, self.index)
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
         self.place = str(self.index.path.resolve() if isinstance(self.index.path, Path) else self.index.path)
-        self.remote = isinstance(self.index.path, Url)
+        self.remote = isinstance(self.index.shards_at, Url)
 
     def check(self, method: Method) -> None:
         """See `TrainingData.check`."""
@@ -103,7 +103,7 @@ class IndexedData(TrainingData):
         if cache is None:
             gib = working_set_bytes(index, order) / 2**30
             yield f"data: {order.lanes} lanes, {gib:.2f} GiB read in random order at a time (should fit the page cache)"
-            why = f"only shards of a URL are cached, not {index.path}"
+            why = f"only shards of a URL are cached, not {index.shards_at}"
             yield from _without_effect(self._recipe, "cache_dir", "cache_size", why=why)
         else:
             num_nodes = -(-layout.ranks // ranks_per_node(layout.ranks))

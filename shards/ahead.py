@@ -129,7 +129,7 @@ class Reader:
     def __init__(self, job: Job) -> None:
         assert job.index.cache is not None
         self.job, self.index, self.cache = job, job.index, job.index.cache
-        self.folder = folder_at(job.index.path)
+        self.folder = folder_at(job.index.shards_at)
         self.needs = job.needs()
         self.next_need: ShardNeed | None = next(self.needs, None)
         self.window: list[ShardNeed] = []

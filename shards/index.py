@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from shards.cache import ShardCache
 from shards.offsets import ENDING, OffsetTable, Skipped, load_offsets, offset_path, parse_offsets, read_header
-from shards.places import Folder, Location, NoSuchHostError, folder_at, locate
+from shards.places import Folder, Location, NoSuchHostError, Url, folder_at, locate
 from shards.retry import patience, retry
 from shards.storage import sha256_file, write_atomic
 
@@ -78,6 +78,8 @@ class ShardIndex:
 
     Attributes:
         path: the folder, a `Path` or a `Url`.
+        shards_at: where the tars lie: as a rule the same folder; another one for an index of shards that lie where
+            nothing can be written.
         cache: where files of a URL are kept; None where nothing needs to be.
         shard_sizes: int64 [S], the samples of each shard; `shard_bytes` likewise.
     """
@@ -88,9 +90,11 @@ class ShardIndex:
         *,
         shards: Sequence[ShardRecord],
         class_names: Sequence[str],
+        shards_at: str | Location | None = None,
         cache: ShardCache | None = None,
     ) -> None:
         self.path, self.cache = locate(path), cache
+        self.shards_at = self.path if shards_at is None else locate(shards_at)
         self.shard_names = [shard.name for shard in shards]
         self.class_names = list(class_names)
         self.shard_sizes = np.array([shard.num_samples for shard in shards], dtype=np.int64)
@@ -116,17 +120,15 @@ class ShardIndex:
         location = locate(path)
         if isinstance(location, Path):
             try:
-                return cls._parse((location / INDEX_NAME).read_bytes(), location, cache=None)
+                return cls._parse((location / INDEX_NAME).read_bytes(), location, cache=cache)
             except FileNotFoundError as error:
                 raise _no_index(location, "is no folder" if not location.is_dir() else None) from error
             except OSError as error:
                 raise ValueError(f"cannot read {location / INDEX_NAME}: {error.strerror}") from error
         folder = folder_at(location)
-        if cache is None:
-            cache = ShardCache()
         try:
             return retry(
-                lambda: cls._parse(folder.read(INDEX_NAME), location, cache=cache if folder.caching else None),
+                lambda: cls._parse(folder.read(INDEX_NAME), location, cache=cache),
                 seconds=min(_START_SECONDS, patience()),
                 final=(FileNotFoundError, PermissionError, NoSuchHostError),
             )
@@ -153,7 +155,12 @@ class ShardIndex:
             raise _damaged_index(file, "its shards are not listed as file, bytes, samples and sha256")
         if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
             raise _damaged_index(file, "its class names are not a list of texts")
-        index = cls(path, shards=shards, class_names=class_names, cache=cache)
+        shards_at = data.get("shards_at")
+        if not isinstance(shards_at, str | None):
+            raise _damaged_index(file, "where its shards lie is not a text")
+        index = cls(path, shards=shards, class_names=class_names, shards_at=shards_at)
+        if isinstance(index.shards_at, Url) and folder_at(index.shards_at).caching:
+            index.cache = cache or ShardCache()
         if index.fingerprint != data.get("fingerprint"):
             raise _damaged_index(file, "its fingerprint does not match what it lists (was it edited, or cut off?)")
         if any("/" in name or not name.endswith(".tar") for name in index.shard_names):
@@ -173,6 +180,9 @@ class ShardIndex:
             "num_shards": len(self.shard_names),
             "class_names": self.class_names,
         }
+        if self.shards_at != self.path:
+            place = self.shards_at
+            data["shards_at"] = place.text if isinstance(place, Url) else str(place.resolve())
         lines = [json.dumps({"file": n, "bytes": b, "samples": s, "sha256": h.decode()}) for n, b, s, h in rows]
         head = json.dumps(data, indent=1, ensure_ascii=False)
         text = head.removesuffix("\n}") + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -183,7 +193,7 @@ class ShardIndex:
 
     def shard_path(self, shard: int) -> Location:
         """The tar file of shard number `shard`."""
-        return self.path / self.shard_names[shard]
+        return self.shards_at / self.shard_names[shard]
 
     def shard_record(self, shard: int) -> ShardRecord:
         """What `index.json` says about shard number `shard`."""

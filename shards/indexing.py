@@ -39,6 +39,7 @@ class Digest(Protocol):
 def build_index(
     shards: str | Location,
     *,
+    out: str | Path | None = None,
     workers: int | None = None,
     image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
     progress: bool = False,
@@ -53,21 +54,19 @@ def build_index(
     Args:
         shards: a folder or URL; or such a one with the names of its shards in braces (`…/train-{0000..0099}.tar`), for
             places that do not list their files.
+        out: a local folder for the index and offset files; None: beside the shards.
 
     Raises:
         ValueError: in one line: shards that are truncated or damaged, hold a key twice or a `cls` that is no number
             (the first few are named); no shards; no images; a place that cannot be read or written.
     """
     location, names = _listed(shards)
-    if isinstance(location, Url) and location.text.startswith(("http://", "https://")):
-        raise ValueError(
-            f"{location} cannot be written to, and the index lies beside its shards; index them where they lie, or "
-            "train on them without an index (data.reader=stream)"
-        )
-    folder = folder_at(location)
+    if out is None and isinstance(location, Url) and location.text.startswith(("http://", "https://")):
+        raise ValueError(f"{location} cannot be written to; give a local folder for the index (--out DIR)")
+    folder, target = folder_at(location), folder_at(location if out is None else Path(out))
     sizes = tar_sizes(folder, names)
     results = map_processes(
-        partial(_index_shard, folder=folder, image_extensions=tuple(image_extensions)),
+        partial(_index_shard, folder=folder, target=target, image_extensions=tuple(image_extensions)),
         sizes.items(),
         num_tasks=len(sizes),
         workers=default_workers() if workers is None else workers,
@@ -86,8 +85,12 @@ def build_index(
             f"no images ({', '.join(image_extensions)}) in the {len(found)} shards of {location}{hint}; --image-ext "
             "gives the ending of the images"
         )
-    class_names = _class_names(location, num_classes=max(result.num_classes for result in found))
-    index = ShardIndex(location, shards=[result.record for result in found], class_names=class_names)
+    index = ShardIndex(
+        target.location,
+        shards=[result.record for result in found],
+        class_names=_class_names(target.location, num_classes=max(result.num_classes for result in found)),
+        shards_at=location,
+    )
     index.save()
     if (advice := sorted_by_class(index)) is not None:
         warnings.warn(advice, stacklevel=2)
@@ -111,7 +114,9 @@ class _Damaged:
     num_bytes: int
 
 
-def _index_shard(shard: tuple[str, int], *, folder: Folder, image_extensions: Sequence[str]) -> _Indexed | _Damaged:
+def _index_shard(
+    shard: tuple[str, int], *, folder: Folder, target: Folder, image_extensions: Sequence[str]
+) -> _Indexed | _Damaged:
     """Read one shard and write its offset file."""
     name, size = shard
     digest = hashlib.sha256()
@@ -121,9 +126,9 @@ def _index_shard(shard: tuple[str, int], *, folder: Folder, image_extensions: Se
     except ValueError as error:
         return _Damaged(str(error), size)
     sha256 = digest.hexdigest()
-    if not _is_known(folder, name, samples, sha256=sha256):
+    if not _is_known(target, name, samples, sha256=sha256):
         content = pack_offsets(samples, shard_name=name, num_bytes=size, sha256=sha256, skipped=skipped)
-        _write(folder, offset_name(name), content)
+        _write(target, offset_name(name), content)
     num_classes = max((sample.label + 1 for sample in samples), default=0)
     return _Indexed(ShardRecord(name, size, len(samples), sha256), num_classes, skipped[:1])
 
@@ -204,12 +209,13 @@ def _size(folder: Folder, name: str) -> int:
 def _write(folder: Folder, name: str, content: bytes) -> None:
     """Write a small file whole; locally an identical one is left alone."""
     if isinstance(folder.location, Path):
+        folder.location.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.location / name, content)
         return
     try:
         folder.write(name, content)
     except OSError as error:
-        raise ValueError(f"cannot write {error}; the index lies beside its shards") from error
+        raise ValueError(f"cannot write {error}; --out DIR puts the index into a local folder") from error
 
 
 def _is_known(folder: Folder, shard_name: str, samples: list[Sample], *, sha256: str) -> bool:

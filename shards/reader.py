@@ -29,7 +29,7 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex, *, open_shards: int = _OPEN_SHARDS) -> None:
         self.index, self.open_shards = index, open_shards
-        self._local = isinstance(index.path, Path)
+        self._local = isinstance(index.shards_at, Path)
         self._files: dict[int, int] = {}  # shard → file descriptor, the one used longest ago first
         self._remote: Folder | None = None
 
@@ -92,7 +92,7 @@ class SampleReader:
 
     def _read_range(self, sample: Span | Entry) -> bytes:
         if self._remote is None:
-            self._remote = folder_at(self.index.path)
+            self._remote = folder_at(self.index.shards_at)
         name = self.index.shard_names[sample.shard]
         try:
             data = self._remote.read_range(name, sample.offset, sample.size)

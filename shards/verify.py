@@ -58,7 +58,7 @@ def verify(
         ValueError: there is no index, it is damaged, or the place cannot be read.
     """
     index = ShardIndex.load(shards)
-    folder = folder_at(index.path)
+    folder, beside = folder_at(index.shards_at), folder_at(index.path)
     records = [index.shard_record(shard) for shard in range(len(index.shard_names))]
     listed = _listed(folder)
     sizes = {record.name: _size(folder, record.name, listed) for record in records}
@@ -66,6 +66,7 @@ def verify(
         partial(
             _verify_shard,
             folder=folder,
+            beside=beside,
             sizes=sizes,
             num_classes=len(index.class_names),
             decode=decode,
@@ -121,6 +122,7 @@ def _verify_shard(
     record: ShardRecord,
     *,
     folder: Folder,
+    beside: Folder,
     sizes: dict[str, int | None],
     num_classes: int,
     decode: bool,
@@ -136,7 +138,7 @@ def _verify_shard(
         cut = "was cut off" if size < record.num_bytes else "has changed"
         problems.append(f"shard {path} {cut}: {size} bytes, {INDEX_NAME} says {record.num_bytes}; {advice}")
     try:
-        table: OffsetTable | None = _read_table(folder, record, num_classes=num_classes)
+        table: OffsetTable | None = _read_table(beside, record, num_classes=num_classes)
     except ValueError as error:
         problems.append(str(error))
         table = None

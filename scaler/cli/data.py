@@ -116,6 +116,9 @@ def index(
             show_default="jpg jpeg png webp",
         ),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Local folder for the index, where shards lie that cannot be written beside.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Index shards that were made elsewhere (img2dataset, tar, webdataset), so that they can be trained on.
@@ -127,6 +130,7 @@ def index(
 
     shards = build_index(
         destination,
+        out=out,
         workers=workers,
         image_extensions=[ending.removeprefix(".").lower() for ending in image_ext or IMAGE_EXTENSIONS],
         progress=not as_json,

@@ -8,8 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from shards.cache import ShardCache
+from shards.decode import View
+from shards.index import ShardIndex
 from shards.indexing import build_index
+from shards.loader import ShardLoader
+from shards.order import SampleOrder
 from shards.places import folder_at, locate
 from shards.verify import verify
 from tests.http import nginx
@@ -109,9 +115,29 @@ def test_behind_a_web_server(local: Path) -> None:
     for listing in ("", "autoindex on;"):
         with nginx(local, extra=listing) as server:
             assert [report.problems for report in verify(server.url, workers=2)] == [[]] * 3
-            with pytest.raises(ValueError, match=r"cannot be written to, .*data\.reader=stream"):
+            with pytest.raises(ValueError, match=r"cannot be written to; .*--out DIR"):
                 build_index(server.url, workers=1)
     (local / "s-1.tar").unlink()
     with nginx(local) as server:
         (missing,) = [report for report in verify(server.url, workers=1) if report.problems]
         assert missing.name == "s-1.tar" and "is missing" in missing.problems[0]
+
+
+def test_an_index_of_shards_elsewhere(local: Path, tmp_path: Path) -> None:
+    """Shards that can only be read are indexed into a local folder, verified, and loaded from where they lie."""
+    with nginx(local) as server:
+        index = build_index(f"{server.url}/s-{{0..2}}.tar", out=tmp_path / "out", workers=2)
+        assert sorted(file.suffix for file in (tmp_path / "out").iterdir()) == [".json"] + 3 * [".offsets"]
+        assert not list(local.glob("*.offsets")) and index.fingerprint == build_index(local, workers=1).fingerprint
+        assert [report.problems for report in verify(tmp_path / "out", workers=1)] == [[]] * 3
+        loaded = []
+        for path, cache in ((local, None), (tmp_path / "out", ShardCache(tmp_path / "cache"))):
+            index = ShardIndex.load(path, cache=cache)
+            order = SampleOrder(index.shard_sizes, seed=0, lanes=1, shuffle_window=4)
+            loader = ShardLoader(
+                index, order, views=[View("v", 8)], seed=0, global_batch_size=12, micro_batch_size=12, stop=24
+            )
+            loaded.append([batch["views"]["v"] for batch in loader])
+        assert all(map(torch.equal, *loaded))
+    build_index(local, out=tmp_path / "third", workers=1)
+    assert ShardIndex.load(tmp_path / "third").shard_path(0) == local / "s-0.tar"
