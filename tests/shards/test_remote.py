@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from shards import places
 from shards.cache import ShardCache
 from shards.decode import View
 from shards.index import INDEX_NAME, ShardIndex
@@ -162,6 +163,17 @@ def test_a_server_that_stays_away(server: FaultyServer, cache: ShardCache, monke
     assert re.match(rf"{server.url}/shard-0000\d\d.tar: .*[Cc]onnect.*tried for 1 s", message)
     message = error_of(lambda: ShardIndex.load(server.url, cache=cache))
     assert re.match(rf"{server.url}/{INDEX_NAME}: .*[Cc]onnect.*tried for 1 s", message)
+    assert time.monotonic() - start < 10
+
+
+def test_a_server_that_says_nothing(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and never answers; no read waits for it longer than its time."""
+    monkeypatch.setattr(places, "_SECONDS", 0.3)
+    monkeypatch.setenv("SCALER_REMOTE_SECONDS", "1")
+    server.delay = 60.0
+    start = time.monotonic()
+    message = error_of(lambda: ShardIndex.load(server.url))
+    assert re.match(rf"{server.url}/{INDEX_NAME}: .*Timeout.*tried for 1 s", message)
     assert time.monotonic() - start < 10
 
 
