@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.offsets import Skipped
-from shards.sources import Files
+from shards.sources import Files, look_at_files
 from shards.storage import printable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -107,6 +106,7 @@ def _walk(source: Path) -> _Found:
             if here in above:
                 found.ignored.append((relative, "a link to a folder that it lies in"))
                 continue
+            names: list[str] = []
             with os.scandir(source / relative) as entries:
                 for entry in entries:
                     name = entry.name
@@ -115,9 +115,11 @@ def _walk(source: Path) -> _Found:
                     elif name[name.rfind(".") + 1 :].lower() in IMAGE_EXTENSIONS and (
                         name[0] != "." or image_extension(name)  # `.jpg` is a name without an ending
                     ):
-                        found.images.append((prefix + name, *_size_and_time(entry)))
+                        names.append(name)
                     else:
                         found.ignored.append((prefix + name, "not an image ending"))
+            columns = (column.tolist() for column in look_at_files(source / relative, names))
+            found.images += zip([prefix + name for name in names], *columns, strict=True)
         except OSError as error:
             found.rejected.append((relative or ".", f"unreadable folder: {error.strerror}"))
     return found
@@ -128,11 +130,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
-    try:
-        status = entry.stat()
-    except OSError:
-        return -1, 0
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, 0)

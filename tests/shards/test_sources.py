@@ -101,6 +101,25 @@ def test_positions_outside_of_the_buffer_are_refused(tmp_path: Path) -> None:
             found.read_many([0, 1], room, np.array(begins, dtype=np.int64), found.sizes, max_pixels=10**8)
 
 
+@pytest.mark.parametrize("path", ["compiled", "python"])
+def test_files_are_looked_at(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "python":
+        monkeypatch.setattr(sources, "_files", None)
+    elif sources._files is None:
+        pytest.skip("shards/_files.c is not compiled here")
+    (tmp_path / "é.jpg").write_bytes(b"12345")
+    os.utime(tmp_path / "é.jpg", ns=(1, 1_700_000_000_123_456_789))
+    (tmp_path / "link.jpg").symlink_to("é.jpg")
+    (tmp_path / "broken.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    strange = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / strange).write_bytes(b"")
+    names = ["é.jpg", "link.jpg", "broken.jpg", "pipe.jpg", "gone.jpg", strange]
+    sizes, times = sources.look_at_files(tmp_path, names)
+    assert sizes.tolist() == [5, 5, -1, -1, -1, 0]
+    assert times.tolist()[:5] == [1_700_000_000_123_456_789] * 2 + [0] * 3 and times[5] > 0
+
+
 def test_without_the_compiled_part_the_shards_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_image_folder(tmp_path / "src", num_images=40, format="mixed")
     (tmp_path / "src/class_0/bad.jpg").write_text("text")
