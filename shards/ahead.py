@@ -197,9 +197,10 @@ class Reader:
                 self.running[self.pool.submit(self.bring, shard, reserved)] = shard
             elif reserved is Refusal.TOO_LARGE:
                 self.tell(
-                    f"shard {self.index.shard_path(shard)} is larger than the cache's bound of {self.cache.max_bytes} "
-                    "bytes: its samples are read over the network one by one; raise data.cache_size, or make smaller "
-                    "shards"
+                    f"shard {self.index.shard_path(shard)} of {record.num_bytes} bytes does not fit into the cache "
+                    f"(bound {self.cache.max_bytes} bytes, if {self.cache.folder} has as many to spare): its samples "
+                    "are read over the network one by one; raise data.cache_size, choose another data.cache_dir, or "
+                    "make smaller shards"
                 )
             elif reserved is Refusal.FULL:
                 return  # what is needed later must not take the room first

@@ -44,7 +44,9 @@ _LOCK = "lock"
 _BLOCK = 4096  # disks give whole blocks
 _STALE_SECONDS = 600.0  # a download that nobody resumed for so long is removed when somebody looks
 _TOUCH_SECONDS = 1.0  # between two notes of a process that it used a file
+_MAPPED_SECONDS = 600.0  # an opened offset file stays mapped for long: removing it sooner would give no room back
 _COPY_BYTES = 1 << 20
+_KEPT_FREE = 50  # one part in so many of the disk is left to others
 
 
 class Refusal(Enum):
@@ -53,11 +55,11 @@ class Refusal(Enum):
     THERE = "it is there"
     BUSY = "another process is fetching it"
     FULL = "all room is taken by files that are held or being fetched"
-    TOO_LARGE = "it is larger than the whole cache"
+    TOO_LARGE = "it is larger than the whole cache, or than what its disk can hold"
 
 
 class ShardCache:
-    """A folder of files, at most `max_bytes` in all; it is made when the first file comes.
+    """A folder of files, at most `max_bytes` in all, fewer where the disk is full; made when the first file comes.
 
     Names are 64 hexadecimal digits and an ending, .tar or .offsets: what a file holds decides its name.
     """
@@ -114,8 +116,8 @@ class ShardCache:
             if path.exists():
                 return Refusal.BUSY
             if not self._make_room(num_bytes):
-                fits = _on_disk(num_bytes) + _on_disk(self.folder.stat().st_size) <= self.max_bytes
-                return Refusal.FULL if fits else Refusal.TOO_LARGE
+                alone = _on_disk(num_bytes) + _on_disk(self.folder.stat().st_size)
+                return Refusal.FULL if alone <= self._limit(self._scan()) else Refusal.TOO_LARGE
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             assert _lock(descriptor, fcntl.LOCK_EX), "nobody else can know this file yet"
             return Download(self, name, path, descriptor)
@@ -153,16 +155,17 @@ class ShardCache:
             if item.partial and now - item.used > _STALE_SECONDS and self._removed(item):
                 continue
             items.append(item)
+        limit = self._limit(items)
         total = _on_disk(self.folder.stat().st_size) + sum(item.num_bytes for item in items) + _on_disk(num_bytes)
         chosen: list[tuple[Path, int]] = []
         try:
             for item in sorted(items, key=lambda item: (not item.partial, item.used)):
-                if total <= self.max_bytes:
+                if total <= limit:
                     break
-                if (descriptor := _open_locked(item.path)) is not None:
+                if not item.mapped and (descriptor := _open_locked(item.path)) is not None:
                     chosen.append((item.path, descriptor))
                     total -= item.num_bytes
-            if total > self.max_bytes:
+            if total > limit:
                 return False
             for path, _ in chosen:
                 path.unlink(missing_ok=True)
@@ -171,6 +174,13 @@ class ShardCache:
             for _, descriptor in chosen:
                 os.close(descriptor)
 
+    def _limit(self, items: list[_Item]) -> int:
+        """Bytes that the cache may take: the bound, or as much as its disk can hold besides what is not ours."""
+        disk = os.statvfs(self.folder)
+        free = (disk.f_bavail - disk.f_blocks // _KEPT_FREE) * disk.f_frsize
+        mine = _on_disk(self.folder.stat().st_size) + sum(item.present for item in items)
+        return min(self.max_bytes, mine + free)
+
     def _scan(self) -> list[_Item]:
         items = []
         with os.scandir(self.folder) as entries:
@@ -178,8 +188,9 @@ class ShardCache:
                 if (match := _NAME.fullmatch(entry.name)) is not None:
                     with contextlib.suppress(FileNotFoundError):  # users may remove what they like
                         facts = entry.stat()
-                        size = max(facts.st_size, int(match[1] or 0))
-                        items.append(_Item(Path(entry.path), _on_disk(size), facts.st_mtime, match[1] is not None))
+                        sizes = _on_disk(facts.st_size), _on_disk(max(facts.st_size, int(match[1] or 0)))
+                        mapped = entry.name.endswith(".offsets") and 0 <= time.time() - facts.st_mtime < _MAPPED_SECONDS
+                        items.append(_Item(Path(entry.path), *sizes, facts.st_mtime, match[1] is not None, mapped))
         return items
 
     def _removed(self, item: _Item) -> bool:
@@ -281,9 +292,11 @@ def default_folder() -> Path:
 @dataclass(frozen=True)
 class _Item:
     path: Path
-    num_bytes: int  # on the disk, now or in the end
+    present: int  # bytes on the disk now
+    num_bytes: int  # in the end
     used: float  # seconds since 1970
     partial: bool
+    mapped: bool  # probably
 
 
 def _partial(name: str, num_bytes: int) -> str:

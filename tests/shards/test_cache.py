@@ -116,6 +116,18 @@ def test_what_a_killed_download_left_makes_room_and_does_not_stay(cache: ShardCa
     assert not left.exists() and cache.find(name_of(other))
 
 
+def test_offset_files_stay_while_they_are_mapped(cache: ShardCache) -> None:
+    old, new = (f"{digit * 64}.offsets" for digit in "01")
+    for name in (old, new):
+        assert cache.put(name, bytes(5 * BLOCK))
+    for i in range(3):
+        fill(cache, content(i))
+    assert cache.find(old) and cache.find(new) and len(list(cache.folder.glob("*.tar"))) == 2
+    os.utime(cache.folder / old, (time.time() - 3600,) * 2)
+    fill(cache, content(3, blocks=14))
+    assert not cache.folder.joinpath(old).exists() and cache.find(new)
+
+
 def test_a_lowered_bound_and_a_stranger_s_files(cache: ShardCache) -> None:
     for i in range(3):
         fill(cache, content(i))
