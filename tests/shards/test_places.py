@@ -15,7 +15,7 @@ import pytest
 
 from shards.places import NoSuchHostError, RangeIgnoredError, Url, _plain_error, folder_at, locate, without_secrets
 from tests.http import faulty_server
-from tests.s3 import BUCKET, forbidden, s3_server
+from tests.s3 import BUCKET, forbidden, rclone_server, s3_server, use_s3
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,19 @@ def test_large_files_go_up_in_parts_and_are_read_by_range(server: str) -> None:
     buffer = memoryview(bytearray(2000))
     folder.read_into("file", (65 << 20) - 1000, buffer)
     assert folder.sizes() == {"file": 70 << 20} and buffer == content[-1000:] + content[:1000]
+
+
+def test_a_part_of_what_was_written_to_another_s3(server: str, tmp_path: Path) -> None:
+    """rclone keeps the checksum that came with a file, and sends it with every part of it."""
+    (tmp_path / "bucket").mkdir()
+    with rclone_server(tmp_path) as endpoint:
+        use_s3(endpoint)
+        try:
+            folder = folder_at(Url("s3://bucket/a"))
+            folder.write("file", bytes(range(200)))
+            assert folder.read_range("file", 10, 5) == bytes(range(10, 15)) and len(folder.read("file")) == 200
+        finally:
+            use_s3(server)
 
 
 def test_locations_are_paths_or_urls() -> None:
