@@ -36,6 +36,7 @@ _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 
 _HTTP = ("http://", "https://")
 _USER, _QUERY = re.compile(r"(\w://)[^/\s@]*@"), re.compile(r"\?[^\s'\")]*")  # in texts with URLs
+_inherited: list[Any] = []  # clients from before a fork: were they dropped, they would fail aloud to close themselves
 _SECONDS = 30.0  # that one request may take; the largest are parts of a few megabytes
 
 
@@ -374,6 +375,7 @@ class RemoteFolder(Folder):
         """Clients raise errors of many libraries, some of many lines: one kind and one line for all of them."""
         place = self.location / name if name else self.location
         if self._pid != os.getpid():
+            _inherited.append(self._files)
             self._connect()
         try:
             yield
