@@ -69,7 +69,8 @@ def cut_with_torch(out: Pixels, picture: Pixels, cuts: Sequence[Cut], *, interpo
             box = (c.left - left, c.top - top, c.left - left + c.width, c.top - top + c.height)
             resized = whole.resize((c.resized_width, c.resized_height), _PILLOW[interpolation], box=box)
             image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        image = image[:, c.offset_y : c.offset_y + size, c.offset_x : c.offset_x + size]
+        if image.shape[1:] != target.shape[1:]:
+            image = image[:, c.offset_y : c.offset_y + size, c.offset_x : c.offset_x + size]
         target.copy_(image.flip(2) if c.flip else image)
 
 
