@@ -25,6 +25,7 @@ from rich.console import Console
 from scaler.console import ProgressLine
 from scaler.throughput import Supply, average, diagnose, waited
 from scaler.trackers import Tracker, open_trackers
+from shards.resize import cut, cut_with_kernel
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -119,7 +120,8 @@ class MetricsLog:
         mib = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in largest.items())
         self.note(f"memory of the fullest rank in MiB: {mib}")
         packages = {name: _version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
-        values = {**report, "memory_bytes": largest, "memory_bytes_by_rank": memory, "versions": packages}
+        views = {"views_cut_by": "kernel" if cut is cut_with_kernel else "torch"}  # equal but for rounding
+        values = {**report, **views, "memory_bytes": largest, "memory_bytes_by_rank": memory, "versions": packages}
         temporary = self._run_dir / ".run.json.tmp"
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(self._run_dir / "run.json")

@@ -22,6 +22,7 @@ from scaler.collectives import World
 from scaler.methods.simclr.method import SimCLR
 from scaler.recipe import load_recipe
 from scaler.train import build_method, hyper_at, main, step_counter
+from shards import resize
 from tests.runs import METHODS, make_shards, rows, weights, write_recipe
 
 
@@ -77,6 +78,7 @@ def test_a_run_directory_holds_what_it_should(finished, shards):
     assert (run_dir / "rejected.jsonl").read_bytes() == b""
     engaged = json.loads((run_dir / "run.json").read_text())
     assert (engaged["strategy"], engaged["weights"], engaged["optimizer_state"]) == ("ddp", "float32", "float32")
+    assert engaged["views_cut_by"] == ("torch" if resize._kernel is None else "kernel")
     memory = engaged["memory_bytes"]
     assert memory["parameters"] == memory["gradients"] == 4 * engaged["parameters"] and memory["teacher"] == 0
     assert memory["optimizer"] >= 8 * engaged["parameters"] and memory["activations"] > 0
