@@ -22,6 +22,7 @@ from scaler.optimizers import build_optimizer
 from scaler.recipe import Optim, StrategySettings
 from scaler.strategies import strategy_class
 from tests.distributed.helper import run_distributed
+from tests.long import only_long
 from tests.runs import weights
 from tests.s3 import BUCKET, forbidden, s3_server, use_s3
 from tests.tiny import Tiny, tiny_steps, tiny_strategy
@@ -55,7 +56,7 @@ def leg(world: World, name: str, folder: str, first: int, optimizer: str, group:
     return losses
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lars"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=only_long), "lars"])
 def test_a_run_that_moves_between_strategies_and_sizes_follows_one_that_never_moved(tmp_path, optimizer):
     route = [("fsdp2", 2), ("ddp", 1), ("fsdp2", 3), ("ddp", 2), ("fsdp2", 1)]
     moved = []

@@ -16,12 +16,12 @@ import pytest
 from shards.index import ShardIndex
 from shards.loader import rank_lanes
 from tests.http import Nginx, free_port, nginx
+from tests.long import only_long
 from tests.reading import ROOT, STOP, Rank, make_loader, small_shards, start_reading
 from tests.runs import make_shards, rows, write_recipe
 from tests.s3 import rclone_server, use_s3
 
 RANKS, NODES = 4, 2
-LONG = pytest.mark.skipif("SCALER_TEST_LONG" not in os.environ, reason="SCALER_TEST_LONG=1 runs it")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_server_that_is_killed_restarted_and_slow(folder: Path, tmp_path: Path
         assert max(downloads(server, index).values()) <= NODES
 
 
-@LONG
+@only_long
 @pytest.mark.parametrize("kind", ["http", "s3"])
 def test_a_training_over_two_nodes_is_the_local_one(tmp_path: Path, kind: str) -> None:
     """torchrun on two nodes of two processes, each node with a cache of its own, against one local process."""

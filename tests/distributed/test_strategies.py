@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from scaler.recipe import StrategySettings
 from scaler.strategies import STRATEGIES, strategy_class
 from scaler.strategies.fsdp2 import shard_width
 from tests.distributed.helper import run_distributed
+from tests.long import only_long
 from tests.tiny import tiny_steps, tiny_strategy
 
 
@@ -80,7 +80,7 @@ def test_policies_change_no_result(reference, name, ranks, settings, said):
         assert said in report["sharded"]
 
 
-@pytest.mark.skipif(os.environ.get("SCALER_TEST_LONG") != "1", reason="takes minutes: SCALER_TEST_LONG=1 runs it")
+@only_long
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_zero_offload_to_the_host_steps_with_deepspeeds_cpu_adam(reference, name):
     """Its C++ is built at first use, for minutes; without a compiler there is nothing to test."""

@@ -31,6 +31,7 @@ from scaler.recipe import load_recipe
 from scaler.train import run
 from tests.distributed.helper import run_distributed
 from tests.hosts import hosts
+from tests.long import only_long
 from tests.runs import make_shards, rows, train_job, weights, write_recipe
 
 KILLS = int(os.environ.get("SCALER_TEST_GROUP_KILLS", "2"))  # per launcher; the issue's own figure is 25
@@ -167,7 +168,7 @@ def assert_same_run(mine: Path, reference: Path) -> None:
     assert json.loads((mine / "exit.json").read_text())["reason"] == "done"
 
 
-@pytest.mark.parametrize("launcher", [torchrun, accelerate])
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(accelerate, marks=only_long)])
 def test_a_killed_rank_costs_one_restart_of_the_group_and_not_one_bit(unbroken, shards, tmp_path, launcher):
     """The launcher may restart exactly as often as a rank is killed: none is left for a restart that fails itself."""
     recipe = recipe_for(tmp_path / "run.yaml", shards)
@@ -272,7 +273,7 @@ def test_the_network_of_a_host_is_cut_for_some_seconds(unbroken, shards, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.skipif(os.environ.get("SCALER_TEST_LONG") != "1", reason="takes minutes: SCALER_TEST_LONG=1 runs it")
+@only_long
 def test_half_of_the_machines_are_lost_and_the_rest_goes_on_alone(unbroken, shards, tmp_path):
     """Two torchrun agents, one killed with its worker: its rank is missing from then on, and its images are not."""
     recipe = recipe_for(tmp_path / "run.yaml", shards, strategy={"min_ranks": 1})
@@ -335,7 +336,7 @@ def job_with_a_fault(world: World, recipe: str) -> tuple[str, int]:
     return run(load_recipe(recipe)), calls
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("strategy", [pytest.param("fsdp2", marks=only_long), "zero2"])
 def test_a_passing_fault_of_one_rank_sends_all_back(shards, tmp_path, strategy):
     sections: dict[str, dict[str, Any]] = {
         "schedule": {"total": "8 steps"},

@@ -18,6 +18,7 @@ import yaml
 from launch.job import Job
 from launch.kubernetes import plan
 from tests.hosts import TestHost, hosts
+from tests.long import only_long
 from tests.runs import make_shards, rows, write_recipe
 
 STEPS = 150  # long enough for the first heartbeat
@@ -110,7 +111,7 @@ def wait_for(what: str, is_so: Any, *, timeout: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(os.environ.get("SCALER_TEST_LONG") != "1", reason="takes minutes: SCALER_TEST_LONG=1 runs it")
+@only_long
 def test_an_evicted_pod_saves_and_the_run_ends_as_the_unbroken_one(shards: Path, tmp_path: Path) -> None:
     reference = recipe_for(tmp_path / "unbroken.yaml", shards)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

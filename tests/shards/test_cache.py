@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards.cache import Download, Refusal, ShardCache, default_folder
+from tests.long import LONG
 from tests.machine import used_bytes
 
 BLOCK = 4096
-LONG = bool(os.environ.get("SCALER_TEST_LONG"))
 
 
 def content(number: int, *, blocks: int = 10) -> bytes:

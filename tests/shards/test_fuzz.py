@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import resource
 import tarfile
 import time
@@ -33,8 +32,9 @@ from shards.stream import StreamLoader
 from shards.tar import BLOCK
 from shards.verify import verify
 from tests.images import encode_image, make_pixels
+from tests.long import LONG
 
-NUM_CASES = 2000 if os.environ.get("SCALER_TEST_LONG") == "1" else 150
+NUM_CASES = 2000 if LONG else 150
 NUM_IMAGES = 10
 MAX_PIXELS = 300_000  # 0.9 MB decoded
 MAX_SECONDS = 10.0  # for a case, on a busy machine

@@ -54,7 +54,7 @@ def stream(order: SampleOrder, start: int, size: int) -> list[int]:
     return batch.ids[np.argsort(batch.images)].tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(sizes, seeds, st.data())
 def test_equals_the_oracle(shard_sizes: list[int], seed: int, data: st.DataObject) -> None:
     n = sum(shard_sizes)
