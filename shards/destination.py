@@ -82,7 +82,9 @@ class Destination:
             return json.loads(self._folder.read(STATE_NAME))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ValueError(f"cannot read what {self.location} holds: {error}") from error
+        except ValueError as error:
             place = self.location / STATE_NAME
             raise ValueError(f"cannot read {place} ({error}); delete {self.location} and convert again") from error
 

@@ -364,9 +364,10 @@ def _fingerprint(shards: Sequence[ShardRecord], class_names: Sequence[str]) -> s
 
 
 def _no_index(folder: Location, what: str | None) -> ValueError:
+    out = " --out FOLDER" if str(folder).startswith("http") else ""  # where nothing can be written
     return ValueError(
-        f"{folder} {what or f'holds no {INDEX_NAME}'}: make shards with `scaler convert SOURCE {folder}`, or index "
-        f"existing ones with `scaler index {folder}`"
+        f"{folder} {what or f'holds no {INDEX_NAME}'}: make shards with `scaler convert SOURCE "
+        f"{'FOLDER' if out else folder}`, or index existing ones with `scaler index {folder}{out}`"
     )
 
 
