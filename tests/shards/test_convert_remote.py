@@ -17,16 +17,7 @@ from shards.index import ShardIndex
 from shards.places import folder_at, locate
 from tests.http import FaultyServer, faulty_server, flip_byte
 from tests.images import make_image_folder
-from tests.s3 import BUCKET, forbidden, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    before = dict(os.environ)
-    with s3_server() as endpoint:
-        yield endpoint
-    os.environ.clear()
-    os.environ |= before
+from tests.s3 import BUCKET, forbidden
 
 
 @pytest.fixture

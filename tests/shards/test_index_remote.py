@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +18,8 @@ from shards.places import folder_at, locate
 from shards.verify import verify
 from tests.http import nginx
 from tests.images import encode_image, make_pixels
-from tests.s3 import BUCKET, forbidden, s3_server
+from tests.s3 import BUCKET, forbidden
 from tests.shards.test_index import write_tar
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    before = dict(os.environ)
-    with s3_server() as endpoint:
-        yield endpoint
-    os.environ.clear()
-    os.environ |= before
 
 
 @pytest.fixture

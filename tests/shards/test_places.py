@@ -8,23 +8,13 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shards.places import NoSuchHostError, RangeIgnoredError, Url, _plain_error, folder_at, locate, without_secrets
 from tests.http import faulty_server
-from tests.s3 import BUCKET, forbidden, rclone_server, s3_server, use_s3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    before = dict(os.environ)
-    with s3_server() as endpoint:
-        yield endpoint
-    os.environ.clear()
-    os.environ |= before
+from tests.s3 import BUCKET, forbidden, rclone_server, use_s3
 
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
