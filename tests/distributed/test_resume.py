@@ -118,7 +118,9 @@ def test_killed_runs_end_bit_identical(shards, tmp_path, method, ranks, strategy
     assert json.loads((run_dir / "exit.json").read_text())["reason"] == "done"
 
 
-@pytest.mark.parametrize(("ranks", "code"), [(1, 75), (2, 1)])  # torchrun has an exit code of its own
+@pytest.mark.parametrize(
+    ("ranks", "code"), [(1, 75), pytest.param(2, 1, marks=only_long)]
+)  # torchrun has a code of its own
 def test_sigterm_saves_and_says_so_then_the_run_goes_on(shards, tmp_path, ranks, code):
     recipe = recipe_for(tmp_path, "run", "simclr", shards)
     unbroken = recipe_for(tmp_path, "unbroken", "simclr", shards)

@@ -211,6 +211,7 @@ def test_sigterm_to_the_launcher_saves_and_the_next_start_goes_on(unbroken, shar
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@only_long
 def test_the_deepspeed_command_dies_of_sigterm_and_its_run_saves_all_the_same(unbroken, shards, tmp_path):
     recipe = recipe_for(tmp_path / "run.yaml", shards)
     with started(deepspeed(recipe), recipe) as run:

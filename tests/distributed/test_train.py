@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.matrix import METHODS, TOLERANCE, largest_difference, train_cell
+from tests.long import only_long
 from tests.runs import BATCH, NUM_IMAGES, make_shards
 
 
@@ -32,10 +33,10 @@ def curves(shards, tmp_path_factory):
         ("dinov2", "fsdp2 hybrid", 4, "checkpointing", 0),
         ("dinov2", "zero1", 2, "checkpointing", 0),
         ("dinov2", "zero2", 3, "accumulation", 0),
-        ("dinov2", "zero3", 3, "accumulation", 1),
+        pytest.param("dinov2", "zero3", 3, "accumulation", 1, marks=only_long),
         ("dinov2", "zero3", 2, "checkpointing", 0),
         ("simclr", "ddp", 3, "plain", 0),
-        ("simclr", "fsdp2 hybrid", 4, "accumulation", 0),
+        pytest.param("simclr", "fsdp2 hybrid", 4, "accumulation", 0, marks=only_long),
         ("simclr", "zero1", 3, "accumulation", 0),
         ("simclr", "zero2", 2, "accumulation", 0),
         ("simclr", "zero3", 3, "accumulation", 0),
@@ -43,7 +44,7 @@ def curves(shards, tmp_path_factory):
         ("supervised", "zero3", 2, "accumulation", 0),
         ("supervised_cnn", "ddp", 2, "checkpointing", 0),
         ("supervised_cnn", "fsdp2", 3, "plain", 0),
-        ("supervised_cnn", "zero3", 3, "plain", 0),
+        pytest.param("supervised_cnn", "zero3", 3, "plain", 0, marks=only_long),
     ],
 )
 def test_curves_agree(curves, shards, tmp_path, method, layout, ranks, variant, workers):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scaler.bench.checkpoint import Window, as_rows, summarize
+from tests.long import only_long
 from tests.scaler.test_cli import scaler
 
 
@@ -32,6 +33,7 @@ def test_costs_are_fractions_of_the_time_without() -> None:
     assert (found["windows"], found["steps_in_window"], found["written_after_seconds"]) == (4, 4, 2.0)
 
 
+@only_long
 def test_two_processes_measure_together(tmp_path: Path) -> None:
     words = ["simclr/demo", "--processes", "2", "--minutes", "0.01", "--pairs", "2", "--to", str(tmp_path / "here")]
     command = [sys.executable, "-m", "scaler.cli", "bench", "checkpoint", *words, "strategy.name=fsdp2", "--json"]
