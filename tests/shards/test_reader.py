@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import shutil
@@ -33,25 +34,29 @@ def index(source: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return index
 
 
-def open_shards() -> int:
-    """Tar files that this process has open."""
+def open_shards(folder: Path) -> int:
+    """Tar files of a folder that this process has open."""
     found = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # the listing's own descriptor
-            found += os.readlink(f"/proc/self/fd/{name}").endswith(".tar")
+            path = os.readlink(f"/proc/self/fd/{name}")
+            found += path.endswith(".tar") and Path(path).parent == folder
     return found
 
 
 def test_the_reader_keeps_few_files_open(index: ShardIndex, source: Path) -> None:
     reader = SampleReader(index, open_shards=2)
+    assert isinstance(index.path, Path)
+    folder = index.path.resolve()
+    gc.collect()  # readers that other tests have left
     most = 0
     for id in np.random.default_rng(0).permutation(index.num_samples).tolist():
         entry = index.entry(id)
         assert reader.read(entry) == (source / entry.source).read_bytes()
-        most = max(most, open_shards())
+        most = max(most, open_shards(folder))
     assert most == 2
     reader.close()
-    assert open_shards() == 0
+    assert open_shards(folder) == 0
     assert reader.read(index.entry(0))  # opens again
 
 
