@@ -6,7 +6,7 @@
 # Needs Python 3.11 or newer with pip, make and g++. Another interpreter: make venv PYTHON=python3.12
 
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -31,8 +31,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a process: the tests start processes of their own, and often wait for them, so that two cores bear three
-# workers. A file's tests stay on one worker and share its fixtures.
+# One thread a process: the tests start processes of their own. A file's tests stay on one worker and share its fixtures.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
