@@ -3,14 +3,14 @@
 A method is one module that holds the student, its heads and, where there is one, the teacher. A global-batch loss over
 micro-batches takes two passes, one shape for every method: *observe* each micro-batch without gradient, *combine* the
 observations of all micro-batches and ranks into one target per micro-batch, *learn* from each micro-batch with its
-target. All three go through `forward`, the only compute entry, because that is what DDP and FSDP2 hook.
+target. All go through `forward`, the only compute entry, because that is what DDP and FSDP2 hook.
 
 A method never calls backward, never moves devices, and never asks which strategy runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scaler.collectives import World
 from shards.decode import View
 
-Stage = Literal["observe", "combine", "learn"]
+Stage = Literal["observe", "combine", "learn", "evaluate"]
 Batch = dict[str, Any]
 Hyper = dict[str, float]
 Channels = tuple[float, float, float]
@@ -32,20 +32,33 @@ class Method(nn.Module):
 
     Attributes a subclass sets:
         Settings: pydantic model (extra="forbid") of the recipe's `method:` section, `name` included.
-        views: what the loader's workers cut from every image (geometry only, uint8).
+        validates: whether `evaluate` scores labelled images; of other methods, features are evaluated (kNN).
         world: collectives for global-batch quantities.
         normalization: mean and standard deviation per channel of the images it is given (pixels from 0 to 1);
             ImageNet's unless it says otherwise.
     """
 
     Settings: ClassVar[type[BaseModel]]
-    views: tuple[View, ...]
+    validates: ClassVar[bool] = False
     world: World
     normalization: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def __init__(self, settings: Any, *, image_size: int, world: World) -> None:
         super().__init__()
         self.settings, self.image_size, self.world = settings, image_size, world
+
+    def views_at(self, image_size: int) -> tuple[View, ...]:
+        """What the loader's workers cut from every image (geometry only, uint8) at this size of a (global) crop.
+
+        Raises:
+            ValueError: a size on which the backbone does not run.
+        """
+        raise NotImplementedError
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views at the recipe's image size."""
+        return self.views_at(self.image_size)
 
     def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
         """Refuse a layout that cannot give the global batch's loss.
@@ -75,7 +88,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, stage: Stage, *args: Any) -> Any:
-        """`observe(batch, hyper)`, `combine(observations, hyper)` or `learn(batch, target, hyper)`."""
+        """`observe(batch, hyper)`, `combine(observations, hyper)`, `learn(batch, target, hyper)` or `evaluate(…)`."""
         return getattr(self, stage)(*args)
 
     def observe(self, batch: Batch, hyper: Hyper) -> Any:
@@ -93,6 +106,22 @@ class Method(nn.Module):
         global loss, and `metrics`, detached scalars (`loss`, `loss/NAME`, …) whose mean is what is logged.
         """
         raise NotImplementedError
+
+    def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Scores of each of n held-out images by name, float [n] (`top1`, `loss`, …), called in evaluation mode and
+        without gradient; the caller leaves padding out and takes the mean.
+
+        Args:
+            images: normalised, float32 [n, 3, h, w].
+            labels: int64 [n].
+        """
+        raise NotImplementedError
+
+    def symptoms(self, row: Mapping[str, float]) -> dict[str, str]:
+        """Signs that training has collapsed or stands still in one logged row (the keys of metrics.jsonl): a short name
+        for each, with a sentence on what it means and what to change. A sign that stays is told to the user.
+        """
+        return {}
 
     def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
         """The method's own scheduled values (momentum, temperatures, …) at `step`, counted from 0.

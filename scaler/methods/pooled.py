@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scaler.collectives import World
 from scaler.methods.base import Batch, Method
-from scaler.nn.backbones import build_backbone, set_small_stem_
+from scaler.nn.backbones import build_backbone, check_image_size, set_small_stem_
 from scaler.nn.base import Backbone
 from scaler.nn.batch_norm import convert_batch_norm, has_batch_norm
 from scaler.nn.drop_path import kept_rows
@@ -73,6 +73,21 @@ class PooledMethod(Method):
         self.norms_by_batch = has_batch_norm(backbone)
         self.backbone = backbone
         convert_batch_norm(backbone, world)
+
+    def _usable(self, image_size: int) -> int:
+        """The size, if the backbone runs on images of it.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if isinstance(self.backbone, PackedViT):
+            check_image_size(image_size, patch_size=self.backbone.patch_size, name=self.settings.backbone)
+        elif image_size != self.image_size and self.backbone.fixed_size:
+            raise ValueError(
+                f"{self.settings.backbone} runs on images of {self.image_size} pixels only, not of {image_size}; take "
+                "a CNN or a vit_* model, or leave data.stages' image sizes out"
+            )
+        return image_size
 
     def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
         """See `Method.check_layout`."""

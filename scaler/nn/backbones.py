@@ -23,7 +23,7 @@ from scaler.nn.base import Backbone, Features
 from scaler.nn.init import InitialWeights, init_vit_
 from scaler.nn.vit import PackedViT, can_pack
 
-__all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone", "set_small_stem_"]
+__all__ = ["Backbone", "Features", "TimmBackbone", "build_backbone", "check_image_size", "set_small_stem_"]
 
 
 def build_backbone(
@@ -68,9 +68,7 @@ def build_backbone(
             options |= {"reg_tokens": registers, "no_embed_class": True}
         model = _create(name, **options, **overrides)
         if can_pack(model):
-            size = model.patch_embed.patch_size[0]
-            if image_size % size:
-                raise ValueError(f"image_size {image_size} is not a multiple of the patch size {size} of {name}")
+            check_image_size(image_size, patch_size=model.patch_embed.patch_size[0], name=name)
             vit = PackedViT(model, drop_path=drop_path, mask_token=mask_token)
             init_vit_(vit, layer_scale=layer_scale, weights=initial_weights)
             return vit
@@ -81,7 +79,18 @@ def build_backbone(
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         overrides = {"img_size": image_size, **overrides}
-    return TimmBackbone(_create(name, drop_path_rate=drop_path, **overrides), drop_path=drop_path)
+    model = _create(name, drop_path_rate=drop_path, **overrides)
+    return TimmBackbone(model, drop_path=drop_path, fixed_size=config is not None and config.fixed_input_size)
+
+
+def check_image_size(image_size: int, *, patch_size: int, name: str) -> None:
+    """Refuse images that a ViT cannot cut into whole patches.
+
+    Raises:
+        ValueError: names the patch size.
+    """
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of the patch size {patch_size} of {name}")
 
 
 class TimmBackbone(Backbone):
@@ -90,9 +99,10 @@ class TimmBackbone(Backbone):
     is_vit = False
     patch_size = None
 
-    def __init__(self, model: Any, *, drop_path: float = 0.0) -> None:
+    def __init__(self, model: Any, *, drop_path: float = 0.0, fixed_size: bool = False) -> None:
         super().__init__()
         self.model: Any = model
+        self.fixed_size = fixed_size
         self.num_features = model.head_hidden_size
         self.drop_path = drop_path
 

@@ -26,12 +26,12 @@ from shards.decode import View
 BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}
 
 
-def make_views(settings: Settings, *, image_size: int) -> tuple[View, ...]:
-    """What the loader cuts from every image."""
+def make_views(settings: Settings, *, image_size: int, local_size: int | None = None) -> tuple[View, ...]:
+    """What the loader cuts from every image; local crops have the settings' size unless another is given."""
     s = settings
     views = tuple(View(name, image_size, scale=s.global_scale, flip=s.flip) for name in ("global_1", "global_2"))
     if s.num_local_crops:
-        views += (View("local", s.local_size, count=s.num_local_crops, scale=s.local_scale, flip=s.flip),)
+        views += (View("local", local_size or s.local_size, count=s.num_local_crops, scale=s.local_scale, flip=s.flip),)
     return views
 
 

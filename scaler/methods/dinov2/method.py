@@ -26,9 +26,11 @@ from scaler.methods.dinov2 import augment, loss
 from scaler.methods.dinov2.network import Network, parameter_groups
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
+from scaler.nn.backbones import check_image_size
 from scaler.nn.dino_head import DINOHead
 from scaler.nn.precision import at_least_fp32, full_precision
 from scaler.schedules import cosine, linear
+from shards.decode import View
 
 _TILE_ELEMENTS = 1 << 26  # most prototype scores of one kind in memory at a time (256 MiB in fp32)
 
@@ -67,11 +69,17 @@ class DINOv2(Method):
                 f" take {settings.local_size // backbone.patch_size * backbone.patch_size or backbone.patch_size}"
             )
         self.num_blocks = len(backbone.blocks)
-        self.views = augment.make_views(settings, image_size=image_size)
         self.colors = augment.make_colors(settings)
         if settings.centering == "softmax":
             self.register_buffer("cls_center", torch.zeros(settings.num_prototypes))
             self.register_buffer("patch_center", torch.zeros(settings.num_prototypes))
+
+    def views_at(self, image_size: int) -> tuple[View, ...]:
+        """See `Method.views_at`; local crops keep their share of the global ones' size, in whole patches."""
+        s, patch = self.settings, self.student.backbone.patch_size
+        check_image_size(image_size, patch_size=patch, name=s.backbone)
+        local = max(1, round(s.local_size * image_size / self.image_size / patch)) * patch
+        return augment.make_views(s, image_size=image_size, local_size=local)
 
     def train(self, mode: bool = True) -> DINOv2:
         """Training mode for the student; the teacher stays in evaluation mode."""
@@ -98,13 +106,13 @@ class DINOv2(Method):
             `crops` [2m, 3, S, S] and [L·m, 3, s, s], `keep` rows for drop path or None, `masks` bool [2m, p], `masked`
             int64 [T], `mask_weights` float32 [T]; all on the device of the views.
         """
-        mean, std = self.normalization
+        (mean, std), patch = self.normalization, self.student.backbone.patch_size
         crops = augment.color_crops(batch, self.colors, seed=seed, mean=mean, std=std)
         masks = augment.mask_tensors(
             batch["positions"],
             self.settings,
             global_batch_size=batch["global_batch_size"],
-            grid=self.student.backbone.grid_size,
+            grid=(crops[0].shape[-2] // patch, crops[0].shape[-1] // patch),
             seed=seed,
             step=step,
         )

@@ -37,9 +37,12 @@ def make_color(settings: SimCLRSettings, *, image_size: int) -> Color:
     )
 
 
-def color_views(batch: Batch, color: Color, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def color_views(
+    batch: Batch, settings: SimCLRSettings, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
     """Loader batch of m images → float32 [2m, 3, size, size]: the first view of all images, then the second."""
     parts = []
+    color = make_color(settings, image_size=batch["views"][VIEWS[0]].shape[-1])
     for name in VIEWS:
         parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
         parts.append(apply_color(batch["views"][name][0], parameters, mean=mean, std=std))

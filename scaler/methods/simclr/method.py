@@ -18,11 +18,12 @@ from torch import Tensor
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper
 from scaler.methods.pooled import PooledMethod
-from scaler.methods.simclr.augment import color_views, make_color, make_views
+from scaler.methods.simclr.augment import color_views, make_views
 from scaler.methods.simclr.loss import nt_xent
 from scaler.methods.simclr.settings import SimCLRSettings
 from scaler.nn.batch_norm import frozen_statistics
 from scaler.nn.projection_head import ProjectionHead
+from shards.decode import View
 
 
 class SimCLR(PooledMethod):
@@ -36,8 +37,6 @@ class SimCLR(PooledMethod):
 
     def __init__(self, settings: SimCLRSettings, *, image_size: int, world: World) -> None:
         super().__init__(settings, image_size=image_size, world=world)
-        self.views = make_views(settings, image_size=image_size)
-        self.color = make_color(settings, image_size=image_size)
         self.head = ProjectionHead(
             self.backbone.num_features,
             world=world,
@@ -47,10 +46,14 @@ class SimCLR(PooledMethod):
             batch_norm=settings.head_batch_norm,
         )
 
+    def views_at(self, image_size: int) -> tuple[View, ...]:
+        """See `Method.views_at`."""
+        return make_views(self.settings, image_size=self._usable(image_size))
+
     def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
         """Adds to what the loader gives: `images` float32 [2m, 3, h, w], first views then second, and `keep`."""
         mean, std = self.normalization
-        images = color_views(batch, self.color, seed=seed, mean=mean, std=std)
+        images = color_views(batch, self.settings, seed=seed, mean=mean, std=std)
         keep = self._keep(batch, copies=2, kind="views", seed=seed, step=step)
         return {"images": images, "keep": None if keep is None else keep.to(images.device, non_blocking=True)}
 

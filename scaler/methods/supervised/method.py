@@ -20,6 +20,7 @@ from scaler.methods.pooled import PooledMethod
 from scaler.methods.supervised.augment import check_labels, color_view, make_color, make_views
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.precision import at_least_fp32, full_precision
+from shards.decode import View
 
 
 class Supervised(PooledMethod):
@@ -33,11 +34,14 @@ class Supervised(PooledMethod):
 
     def __init__(self, settings: SupervisedSettings, *, image_size: int, world: World) -> None:
         super().__init__(settings, image_size=image_size, world=world)
-        self.views = make_views(settings, image_size=image_size)
         self.color = make_color(settings)
         self.head = nn.Linear(self.backbone.num_features, settings.num_classes)
         nn.init.normal_(self.head.weight, std=0.01)  # as in arXiv 1706.02677: the first loss is near ln c
         nn.init.zeros_(self.head.bias)
+
+    def views_at(self, image_size: int) -> tuple[View, ...]:
+        """See `Method.views_at`."""
+        return make_views(self.settings, image_size=self._usable(image_size))
 
     def check_classes(self, class_names: Sequence[str]) -> None:
         """See `Method.check_classes`."""

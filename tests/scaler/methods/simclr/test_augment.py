@@ -42,7 +42,8 @@ def test_first_views_then_second_views_each_with_its_own_colours() -> None:
     images = method.augment(batch, seed=7, step=0)["images"]
     assert images.shape == (24, 3, 16, 16) and images.dtype == torch.float32
     for half, name in enumerate(("view_1", "view_2")):
-        parameters = sample_color(method.color, seed=7, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
+        color = make_color(method.settings, image_size=16)
+        parameters = sample_color(color, seed=7, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
         mean, std = method.normalization
         expected = apply_color(batch["views"][name][0], parameters, mean=mean, std=std)
         assert torch.equal(images[12 * half : 12 * (half + 1)], expected)
