@@ -5,8 +5,10 @@ Steps count from 0 here: `step` is the number of updates already made.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,3 +79,20 @@ def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, end: float
     if step < warmup:
         return linear(step, length=warmup, start=start, end=peak) if warmup > 1 else start
     return cosine(step - warmup, total=total - warmup, start=peak, end=end)
+
+
+def warmup_steps(
+    step: int, *, warmup: int, peak: float, milestones: Sequence[int] = (), factor: float = 1.0, start: float = 0.0
+) -> float:
+    """The warm-up of `warmup_cosine`, then the peak, multiplied by `factor` from each of the (rising) milestones on.
+
+    Without milestones the peak is kept to the end.
+    """
+    if step < warmup:
+        return warmup_cosine(step, total=warmup, warmup=warmup, peak=peak, end=peak, start=start)
+    return peak * factor ** bisect.bisect_right(milestones, step)
+
+
+def warmup_momentum(step: int, *, momentum: float) -> float:
+    """Momentum of an average of weights: min(momentum, (1 + step) / (10 + step)), so that it soon forgets the start."""
+    return min(momentum, (1 + step) / (10 + step))

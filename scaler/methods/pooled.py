@@ -6,20 +6,24 @@ A subclass adds its views, its head and its loss.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Method
+from scaler.methods.base import Batch, Hyper, Lerp, Method
+from scaler.nn.average import Average
 from scaler.nn.backbones import build_backbone, check_image_size, set_small_stem_
 from scaler.nn.base import Backbone
 from scaler.nn.batch_norm import convert_batch_norm, has_batch_norm
 from scaler.nn.drop_path import kept_rows
+from scaler.nn.layers import parameter_layers
 from scaler.nn.moco_v3 import fix_sincos_positions_, freeze_patch_embed_, init_moco_v3_
 from scaler.nn.precision import at_least_fp32
 from scaler.nn.vit import PackedViT
+from scaler.schedules import warmup_momentum
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -44,7 +48,12 @@ class PooledSettings(BaseModel):
     frozen_patch_embed: bool = Field(False, description="ViTs: the patch embedding stays at its initial weights")
     sincos_positions: bool = Field(False, description="ViTs: fixed two-dimensional sine-cosine positions")
     drop_path: float = Field(0.0, ge=0, lt=1, description="share of rows that skip a residual branch")
-    group_size: int = Field(64, gt=0, description="ViTs: consecutive images among which drop path chooses its rows")
+    group_size: int = Field(
+        64, gt=0, description="consecutive images among which a ViT's drop path chooses its rows, and images are mixed"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="momentum of an average of the weights, which is what is evaluated; null: none"
+    )
 
     # Views
     crop_scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area of a crop: low, high")
@@ -59,7 +68,7 @@ class PooledSettings(BaseModel):
 
 
 class PooledMethod(Method):
-    """The backbone with batch norm over all ranks, its drop path, and the optimiser's groups.
+    """The backbone with batch norm over all ranks, its drop path, the average of weights, and the optimiser's groups.
 
     Raises:
         ValueError: an unknown backbone, or settings of a ViT or a ResNet for another kind of model.
@@ -72,7 +81,17 @@ class PooledMethod(Method):
         backbone = make_backbone(settings, image_size=image_size)
         self.norms_by_batch = has_batch_norm(backbone)
         self.backbone = backbone
+        self.average: Average | None = None
         convert_batch_norm(backbone, world)
+
+    def start_average(self, *parts: str) -> None:
+        """Keep an average of these trained modules if `method.ema` wants one; they are complete by now."""
+        if self.settings.ema is not None:
+            self.average = Average({name: getattr(self, name) for name in parts})
+
+    def evaluated(self, name: str) -> Any:
+        """The module of this name that is evaluated: its average if there is one."""
+        return self.average[name] if self.average is not None and name in self.average else getattr(self, name)
 
     def _usable(self, image_size: int) -> int:
         """The size, if the backbone runs on images of it.
@@ -98,46 +117,80 @@ class PooledMethod(Method):
                 f"rank the loss would be another one. Set strategy.micro_batch_size to "
                 f"{micro_batch_size * num_micro_batches}, use more ranks, or take a backbone without batch norm (a ViT)"
             )
-        if self._drops_rows and micro_batch_size % self.settings.group_size:
+        grouped = self.grouped()
+        if grouped and micro_batch_size % self.settings.group_size:
             raise ValueError(
                 f"a micro-batch of {micro_batch_size} images does not hold whole groups of {self.settings.group_size} "
-                "images for drop path: choose a micro-batch that method.group_size divides, or another group_size"
+                f"images for {' and '.join(grouped)}: choose a micro-batch that method.group_size divides, or another "
+                "group_size"
             )
+
+    def grouped(self) -> list[str]:
+        """What is drawn among the images of a group."""
+        return ["drop path"] if self._drops_rows else []
+
+    def lr_scale(self, name: str) -> float:
+        """Learning rate of a parameter, of the common one, before layer decay."""
+        return 1.0
 
     def parameter_groups(self, optim: Any) -> list[dict[str, Any]]:
         """Weights, and without weight decay and LARS adaptation biases, norms, class token and positions.
 
+        Each layer (`scaler.nn.layers`) below the head has `optim.layer_decay` times the learning rate of the one above.
+
         Raises:
-            ValueError: layer decay or a patch-embedding multiplier, which these methods do not have.
+            ValueError: layer decay or a multiplier without a trained parameter that it would act on.
         """
-        for name in ("layer_decay", "patch_embed_lr_scale"):
-            if getattr(optim, name) != 1.0:
-                raise ValueError(
-                    f"optim.{name}={getattr(optim, name)} has no effect in {self.settings.name}; leave it at 1.0"
-                )
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        groups = []
+        scales = {name: self.lr_scale(name) for name, _ in trained}
+        if optim.layer_decay != 1.0:
+            self._check_acts(optim, "layer_decay", [name for name in scales if name.startswith("backbone.")])
+            layers, top = parameter_layers(self.backbone, name=self.settings.backbone)
+            for name in scales:
+                scales[name] *= optim.layer_decay ** (top - layers.get(name.removeprefix("backbone."), top))
+        if optim.patch_embed_lr_scale != 1.0:
+            embedding = [name for name in scales if "patch_embed" in name.split(".")]
+            self._check_acts(optim, "patch_embed_lr_scale", embedding)
+            for name in embedding:
+                scales[name] *= optim.patch_embed_lr_scale
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
         for decays in (True, False):
-            chosen = [(name, p) for name, p in trained if _decays(name, p) == decays]
-            groups.append(
-                {
-                    "params": [p for _, p in chosen],
-                    "names": [name for name, _ in chosen],
-                    "lr_scale": 1.0,
-                    "weight_decay_scale": float(decays),
-                    "adapt": decays,
-                    "clip": "model",
-                }
+            for name, parameter in trained:
+                if _decays(name, parameter) != decays:
+                    continue
+                settings = {"lr_scale": scales[name], "weight_decay_scale": float(decays), "adapt": decays}
+                group = groups.setdefault(
+                    (decays, scales[name]), {"params": [], "names": [], **settings, "clip": "model"}
+                )
+                group["params"].append(parameter)
+                group["names"].append(name)
+        return list(groups.values())
+
+    def _check_acts(self, optim: Any, name: str, parameters: list[str]) -> None:
+        if not parameters:
+            raise ValueError(
+                f"optim.{name}={getattr(optim, name)} has no effect: this {self.settings.backbone} has no such trained "
+                "parameters; leave it at 1.0"
             )
-        return groups
 
     def blocks(self) -> list[nn.Module]:
-        """The backbone's blocks."""
-        return self.backbone.blocks()
+        """The backbone's blocks, and those of its average."""
+        average = self.evaluated("backbone")
+        return self.backbone.blocks() + ([] if average is self.backbone else average.blocks())
+
+    def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
+        """See `Method.hyper`: `momentum` of the average, if there is one."""
+        return {} if self.settings.ema is None else {"momentum": warmup_momentum(step, momentum=self.settings.ema)}
+
+    def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
+        """See `Method.after_step`: the average follows."""
+        if self.average is not None:
+            live = {name: getattr(self, name) for name in self.average}
+            self.average.follow_(live, weight=1.0 - hyper["momentum"], lerp_=lerp_)
 
     def features(self, images: Tensor) -> Tensor:
-        """The backbone's features; the head is for training only."""
-        return self.backbone.pooled(images)
+        """The backbone's features, averaged weights if there are any; the head is for training only."""
+        return self.evaluated("backbone").pooled(images)
 
     def _keep(self, batch: Batch, *, copies: int, kind: str, seed: int, step: int) -> Tensor | None:
         """The rows of `copies` views of each image that run each residual branch, on the CPU; None: all rows."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from scaler.methods.dinov2.settings import Settings
 from scaler.nn.backbones import build_backbone
 from scaler.nn.dino_head import DINOHead
+from scaler.nn.layers import vit_layer
 from scaler.nn.vit import PackedViT
 
 
@@ -68,7 +68,7 @@ def parameter_groups(
         decays = not (rest.endswith("bias") or "norm" in rest or "gamma" in rest)
         lr_scale = 1.0
         if module == "backbone":
-            lr_scale = layer_decay ** (depth + 1 - _layer(rest, depth=depth))
+            lr_scale = layer_decay ** (depth + 1 - vit_layer(rest, depth=depth))
             if rest.startswith("patch_embed."):
                 lr_scale *= patch_embed_lr_scale
         settings = {
@@ -81,11 +81,3 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(prefix + name)
     return list(groups.values())
-
-
-def _layer(name: str, *, depth: int) -> int:
-    """A backbone parameter's depth: 0 before the blocks, block number + 1, depth + 1 after them."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return depth + 1 if name.startswith("norm.") else 0

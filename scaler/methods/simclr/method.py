@@ -10,6 +10,7 @@ Shapes: m images a micro-batch, k micro-batches a rank, d channels of a feature.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper
 from scaler.methods.pooled import PooledMethod
+from scaler.methods.simclr import health
 from scaler.methods.simclr.augment import color_views, make_views
 from scaler.methods.simclr.loss import nt_xent
 from scaler.methods.simclr.settings import SimCLRSettings
@@ -45,6 +47,7 @@ class SimCLR(PooledMethod):
             num_layers=settings.head_layers,
             batch_norm=settings.head_batch_norm,
         )
+        self.start_average("backbone")
 
     def views_at(self, image_size: int) -> tuple[View, ...]:
         """See `Method.views_at`."""
@@ -99,4 +102,14 @@ class SimCLR(PooledMethod):
         embeddings = self.head(torch.cat([*first, *second]))  # [2km, out]
         loss, accuracy, std = nt_xent(embeddings, temperature=self.settings.temperature, world=self.world)
         value = loss.detach()
-        return loss, {"loss": value, "loss/ntxent": value, "accuracy": accuracy, "embedding_std": std}
+        negatives = value.new_tensor(len(embeddings) * self.world.size - 2)  # fewer while the batch ramps up
+        metrics = {"accuracy": accuracy, "embedding_std": std, "negatives": negatives}
+        return loss, {"loss": value, "loss/ntxent": value, **metrics}
+
+    def advice(self, *, num_samples: int | None, global_batch_size: int, total_steps: int, optim: Any) -> list[str]:
+        """See `Method.advice`."""
+        return list(health.advice(self.settings, num_samples=num_samples, global_batch_size=global_batch_size))
+
+    def symptoms(self, row: Mapping[str, float]) -> dict[str, str]:
+        """See `Method.symptoms`."""
+        return dict(health.symptoms(self.settings, row))

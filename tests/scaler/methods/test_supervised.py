@@ -211,7 +211,7 @@ def test_the_view_and_its_colours() -> None:
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in make_method(**VIT).normalization)
     plain = make_method(**VIT).augment(make_batch(range(BATCH)), seed=1, step=0)
     torch.testing.assert_close(plain["images"], (pixels / 255 - mean) / std)
-    assert plain["labels"].equal(LABELS) and plain["keep"] is None
+    assert plain["targets"].equal(LABELS) and plain["keep"] is None
 
     for settings in ({"color_jitter": 0.4}, {"hue": 0.1}, {"grayscale_probability": 0.5}):
         method = make_method(**VIT, **settings)
@@ -248,9 +248,6 @@ def test_optimiser_groups_by_hand() -> None:
     assert all("conv" in name or "downsample.0" in name or name == "head.weight" for name in convolutions["names"])
     assert all("bn" in name or "downsample.1" in name or name == "head.bias" for name in rest["names"])
     assert (len(convolutions["names"]), len(rest["names"])) == (20 + 1, 2 * 20 + 1)  # 20 convolutions, each with a norm
-
-    with pytest.raises(ValueError, match=r"optim.layer_decay=0.9 has no effect in supervised"):
-        method.parameter_groups(Optim(lr=1.0, layer_decay=0.9))
 
 
 def test_layouts_that_would_change_the_loss_are_refused() -> None:
