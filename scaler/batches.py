@@ -19,6 +19,7 @@ from scaler.checkpoint import read_manifest, run_checkpoints
 from scaler.collectives import World
 from scaler.data import build_order
 from scaler.recipe import Recipe, load_recipe
+from scaler.timetable import Stage, Timetable
 from scaler.train import build_method
 from shards.index import ShardIndex
 from shards.loader import ShardLoader
@@ -36,6 +37,7 @@ class RunBatch:
     index: ShardIndex
     step: int  # counted from 1, as in metrics.jsonl
     first_image: int  # images seen before this step
+    stage: Stage
     batch: GlobalBatch
 
     def keys(self) -> list[str]:
@@ -74,9 +76,10 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
                 f"{index.path} is not what {run_dir} was trained on (fingerprint {index.fingerprint[:12]}, the run has "
                 f"{fingerprint[:12]}), so its steps held other samples; give back the shards it was trained on"
             )
-    size = recipe.data.global_batch_size
-    first_image = (step - 1) * size
-    return RunBatch(recipe, index, step, first_image, build_order(recipe, index).batch(first_image, size))
+    timetable = Timetable(recipe, num_samples=index.num_samples)
+    stage, first_image = timetable.stage(step - 1), timetable.images(step - 1)
+    batch = build_order(recipe, index).batch(first_image, stage.global_batch_size)
+    return RunBatch(recipe, index, step, first_image, stage, batch)
 
 
 def load_run_recipe(run_dir: Path) -> Recipe:
@@ -97,11 +100,11 @@ def contact_sheet(run_batch: RunBatch, *, limit: int = 64) -> Image.Image:
     The views are what the loader hands to the training process: geometry only, with a replacement where a sample cannot
     be decoded.
     """
-    recipe, size = run_batch.recipe, run_batch.recipe.data.global_batch_size
+    recipe, size = run_batch.recipe, run_batch.stage.global_batch_size
     loader = ShardLoader(
         run_batch.index,
         build_order(recipe, run_batch.index),
-        views=build_method(recipe, world=World()).views,
+        views=build_method(recipe, world=World()).views_at(run_batch.stage.image_size),
         seed=recipe.run.seed,
         global_batch_size=size,
         micro_batch_size=1,

@@ -1,7 +1,7 @@
 """What a run trains on: shards with an index, or (`data.reader: stream`) whatever webdataset can open, without one.
 
     data = open_data(recipe)
-    loader = data.loader(method.views, layout=layout, world=world, start=0, stop=None)
+    loader = data.loader(method.views, batch_size=256, layout=layout, world=world, start=0, stop=None)
 
 Of indexed shards everything is known: how many samples there are, which comes when, where a resumed run goes on. Of a
 stream nothing is.
@@ -10,7 +10,7 @@ stream nothing is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from scaler.recipe import Recipe
 from scaler.resume import flatten
 from scaler.schedules import Duration
 from scaler.strategies.processes import ranks_per_node
+from scaler.timetable import Timetable, batch_sizes
 from shards.decode import View
 from shards.index import ShardIndex
 from shards.indexing import sorted_by_class
@@ -34,12 +35,14 @@ class TrainingData(ABC):
 
     Attributes:
         num_samples: how many there are; None where nobody knows.
+        class_names: by label, empty where there are no labels; None where nobody knows.
         fingerprint: of what they are, for checkpoints.
         place: `data.shards` for the resolved recipe.
         remote: whether they come over a network.
     """
 
     num_samples: int | None
+    class_names: Sequence[str] | None
     fingerprint: str
     place: str
     remote: bool
@@ -53,8 +56,35 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
-    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> Iterable[Batch]:
-        """This rank's micro-batches from image `start` to `stop`."""
+    def loader(
+        self, views: Sequence[View], *, batch_size: int, layout: Layout, world: World, start: int, stop: int
+    ) -> Iterable[Batch]:
+        """This rank's micro-batches, of global batches of one size, from image `start` to `stop`."""
+
+    def batches(
+        self,
+        method: Method,
+        *,
+        timetable: Timetable,
+        layouts: Mapping[int, Layout],
+        world: World,
+        step: int,
+        images: int,
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches from `step` (after so many `images`) to the run's end, stage after stage."""
+        while step < timetable.stop:
+            stage = timetable.stage(step)
+            size = stage.global_batch_size
+            steps = min(timetable.stop, stage.stop or timetable.stop) - step
+            yield from self.loader(
+                method.views_at(stage.image_size),
+                batch_size=size,
+                layout=layouts[size],
+                world=world,
+                start=images,
+                stop=images + steps * size,
+            )
+            step, images = step + steps, images + steps * size
 
     @abstractmethod
     def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
@@ -78,6 +108,7 @@ class IndexedData(TrainingData):
         self.index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
         self.order = build_order(recipe, self.index)
         self.num_samples, self.fingerprint = self.index.num_samples, self.index.fingerprint
+        self.class_names = self.index.class_names
         self.place = str(self.index.path.resolve() if isinstance(self.index.path, Path) else self.index.path)
         self.remote = isinstance(self.index.shards_at, Url)
 
@@ -85,7 +116,9 @@ class IndexedData(TrainingData):
         """See `TrainingData.check`."""
         method.check_classes(self.index.class_names)
 
-    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> ShardLoader:
+    def loader(
+        self, views: Sequence[View], *, batch_size: int, layout: Layout, world: World, start: int, stop: int
+    ) -> ShardLoader:
         """See `TrainingData.loader`."""
         return ShardLoader(
             self.index,
@@ -94,7 +127,7 @@ class IndexedData(TrainingData):
             ranks_per_node=ranks_per_node(world.size),
             start=start,
             stop=stop,
-            **_loader_options(self._recipe, layout=layout, world=world),
+            **_loader_options(self._recipe, batch_size=batch_size, layout=layout, world=world),
         )
 
     def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
@@ -127,13 +160,16 @@ class StreamData(TrainingData):
     """Shards without an index: drawn with replacement, each rank and worker by itself."""
 
     num_samples = None
+    class_names = None
     remote = True  # a disk may be at the other end, but nothing can be read ahead of it
 
     def __init__(self, recipe: Recipe) -> None:
         from shards.stream import StreamLoader, expand_sources, resolve_sources, sources_fingerprint
 
         self._recipe, self._loader = recipe, StreamLoader
-        if epochs := [f"{key}={value}" for key, value in flatten(recipe.model_dump()) if _is_in_epochs(value)]:
+        values = list(flatten(recipe.model_dump()))
+        values += [("data.stages.until", stage.until) for stage in recipe.data.stages]
+        if epochs := [f"{key}={value}" for key, value in values if _is_in_epochs(value)]:
             raise ValueError(
                 "a stream (data.reader) has no epochs, since nobody knows how many images it holds: give "
                 f"{', '.join(epochs)} in steps or images"
@@ -144,7 +180,9 @@ class StreamData(TrainingData):
     def check(self, method: Method) -> None:
         """See `TrainingData.check`: what labels there are shows as they come, and then the method looks at each."""
 
-    def loader(self, views: Sequence[View], *, layout: Layout, world: World, start: int, stop: int) -> Iterable[Batch]:
+    def loader(
+        self, views: Sequence[View], *, batch_size: int, layout: Layout, world: World, start: int, stop: int
+    ) -> Iterable[Batch]:
         """See `TrainingData.loader`."""
         return self._loader(
             self._urls,
@@ -152,7 +190,7 @@ class StreamData(TrainingData):
             shuffle_window=self._recipe.data.shuffle_window,
             start=start,
             stop=stop,
-            **_loader_options(self._recipe, layout=layout, world=world),
+            **_loader_options(self._recipe, batch_size=batch_size, layout=layout, world=world),
         )
 
     def notes(self, *, layout: Layout, resumes: bool) -> Iterator[str]:
@@ -171,7 +209,7 @@ def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:
     """The order in which the recipe reads these shards."""
     lanes = recipe.data.lanes
     if lanes == "auto":
-        lanes = default_lanes(index.num_samples, [recipe.data.global_batch_size])
+        lanes = default_lanes(index.num_samples, batch_sizes(recipe))
     return SampleOrder(index.shard_sizes, seed=recipe.run.seed, lanes=lanes, shuffle_window=recipe.data.shuffle_window)
 
 
@@ -182,11 +220,11 @@ def _is_in_epochs(value: object) -> bool:
         return False
 
 
-def _loader_options(recipe: Recipe, *, layout: Layout, world: World) -> dict[str, Any]:
+def _loader_options(recipe: Recipe, *, batch_size: int, layout: Layout, world: World) -> dict[str, Any]:
     """What both loaders take."""
     return {
         "seed": recipe.run.seed,
-        "global_batch_size": recipe.data.global_batch_size,
+        "global_batch_size": batch_size,
         "micro_batch_size": layout.micro_batch_size,
         "rank": world.rank,
         "world_size": world.size,

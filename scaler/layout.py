@@ -6,7 +6,7 @@ that are left: on the largest number of ranks over which the same global batch c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shards.loader import accumulation_steps
@@ -31,15 +31,15 @@ def batch_layout(global_batch_size: int, *, micro_batch_size: int | None, ranks:
     return Layout(ranks, micro, accumulation_steps(global_batch_size, micro_batch_size=micro, world_size=ranks))
 
 
-def elastic_layout(
-    global_batch_size: int,
+def elastic_layouts(
+    batch_sizes: Sequence[int],
     *,
     micro_batch_size: int | None,
     started: int,
     min_ranks: int,
     check: Callable[[Layout], None],
-) -> Layout:
-    """The layout over the most of the `started` processes that can share the global batch, `min_ranks` at least.
+) -> dict[int, Layout]:
+    """Layouts of all batch sizes over the most of the `started` processes that can share each, `min_ranks` at least.
 
     The recipe's micro-batch is kept where it divides what a rank gets, else the next smaller one is taken, which fits
     into memory as well.
@@ -54,11 +54,24 @@ def elastic_layout(
         raise ValueError(
             f"{started} processes were started and strategy.min_ranks is {min_ranks}; start more, or lower it"
         )
-    reason = f"{global_batch_size} images divide by none of these"
+    reason = ""
     for ranks in range(started, min_ranks - 1, -1):
-        share, remainder = divmod(global_batch_size, ranks)
-        if remainder or not share:
-            continue
+        try:
+            return {size: _layout_over(ranks, size, micro_batch_size, check) for size in batch_sizes}
+        except ValueError as error:
+            reason = str(error) if str(error) or not reason else reason
+    sizes = " or ".join(map(str, batch_sizes))
+    raise ValueError(
+        f"a global batch of {sizes} cannot be laid over {min_ranks} to {started} ranks "
+        f"(strategy.min_ranks to those that were started): {reason or 'it divides by none of these'}"
+    )
+
+
+def _layout_over(ranks: int, size: int, micro_batch_size: int | None, check: Callable[[Layout], None]) -> Layout:
+    """The layout with the largest micro-batch that `check` accepts; `ValueError` with its last objection, if any."""
+    share, remainder = divmod(size, ranks)
+    reason = ""
+    if not remainder and share:
         largest = min(share, micro_batch_size or share)
         for micro in (m for m in range(largest, 0, -1) if share % m == 0):
             layout = Layout(ranks, micro, share // micro)
@@ -68,7 +81,4 @@ def elastic_layout(
                 reason = str(error)
             else:
                 return layout
-    raise ValueError(
-        f"a global batch of {global_batch_size} cannot be laid over {min_ranks} to {started} ranks "
-        f"(strategy.min_ranks to those that were started): {reason}"
-    )
+    raise ValueError(reason)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import Agreement, World
-from scaler.methods.base import Batch, Hyper, Method
+from scaler.layout import Layout
+from scaler.methods.base import Batch, Method
 from scaler.metrics import MetricsLog, memory_gib
 from scaler.optimizers import set_hyper
 from scaler.prefetch import on_device
@@ -21,21 +22,20 @@ from scaler.rejections import Rejections
 from scaler.signals import StopSignals
 from scaler.strategies import Strategy
 from scaler.throughput import Throughput
+from scaler.timetable import Timetable
+from scaler.validation import Validation
 from scaler.watch import Watch
 from shards.random import keyed_bits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run that are derived from its recipe, in steps and images."""
+    """What a run does when, derived from its recipe."""
 
-    total_steps: int
-    stop_step: int
-    global_batch_size: int
-    num_micro_batches: int
-    num_samples: int | None  # None: of a stream nobody knows
-    log_every: int
-    save_every: int  # steps; 0: by the clock alone
+    timetable: Timetable
+    layouts: Mapping[int, Layout]  # of each global batch size
+    log_every: str
+    save_every: str | None  # None: by the clock alone
     save_minutes: float  # 0: by steps alone
     seed: int
     max_nonfinite: int
@@ -56,7 +56,7 @@ def train(
     method: Method,
     strategy: Strategy,
     loader: Iterator[Batch],
-    hyper_at: Callable[[int], Hyper],
+    validation: Validation | None,
     checkpointer: Checkpointer,
     checkpoint_info: Callable[[], dict[str, Any]],
     rejections: Rejections,
@@ -69,7 +69,7 @@ def train(
     """Train from `progress` to the end of the plan, or to a signal; leaves a checkpoint behind in either case.
 
     Returns:
-        Why it ended: "done", "stop_after" or "signal".
+        Why it ended: "done", "stop_after", "signal", or "patience" (of the validation).
 
     Raises:
         NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
@@ -77,25 +77,27 @@ def train(
     """
     batches, meter, agreement = on_device(loader, device), Throughput(), Agreement(world, count=3)
     began, nonfinite, stop, saved_at, last_save = progress.step, 0, 0, progress.step, time.monotonic()
+    timetable, exhausted = plan.timetable, validation is not None and validation.exhausted
 
     def save() -> None:
         nonlocal saved_at, last_save
         watch.beat("save", step=progress.step)
         rejections.exchange(log)
         log.sync()
-        checkpointer.save(step=progress.step, pieces=strategy.pieces(), info=checkpoint_info())
+        best = None if validation is None else validation.best_step
+        checkpointer.save(step=progress.step, pieces=strategy.pieces(), info=checkpoint_info(), best=best)
         saved_at, last_save = progress.step, time.monotonic()
 
     with signals:
-        while progress.step < plan.stop_step:
+        while progress.step < timetable.stop and not exhausted:
             step = progress.step
-            hyper = hyper_at(step)
+            stage, hyper = timetable.stage(step), timetable.hyper(method, step)
             set_hyper(strategy.optimizer, hyper)
 
             # Data: this rank's micro-batches of the global batch, augmented on the device.
             watch.beat("data", step=step + 1)
             with meter.waiting():
-                raw = list(itertools.islice(batches, plan.num_micro_batches))
+                raw = list(itertools.islice(batches, plan.layouts[stage.global_batch_size].num_micro_batches))
             rejections.add(step + 1, raw)
             for batch in raw:
                 meter.add_stages(batch)
@@ -132,8 +134,8 @@ def train(
             result = strategy.step()
             if result.taken:
                 method.after_step(hyper, strategy.lerp_)
-            progress.step, progress.images = step + 1, progress.images + plan.global_batch_size
-            meter.add(plan.global_batch_size)
+            progress.step, progress.images = step + 1, progress.images + stage.global_batch_size
+            meter.add(stage.global_batch_size)
 
             if step == began:  # what was engaged, and its memory: gradients and activations are known by now
                 log.describe(strategy.report(), memory=world.gather_objects(strategy.memory()))
@@ -150,14 +152,24 @@ def train(
                 checkpointer.wait()
                 raise NonFinite(first=step + 2 - nonfinite, last=step + 1)
 
+            # Held-out images; training goes on as if it had not been interrupted.
+            scores: dict[str, float] = {}
+            last = progress.step == timetable.total
+            if validation is not None and (last or timetable.due(validation.every, progress.step)):
+                with meter.paused():
+                    scores = validation.run(progress.step, watch=watch)
+                exhausted = validation.exhausted
+
             watch.beat("log", step=step + 1)
-            if progress.step % plan.log_every == 0 or progress.step == plan.total_steps:
+            if scores or last or timetable.due(plan.log_every, progress.step):
                 row: dict[str, Any] = {"step": progress.step, "images": progress.images}
-                if plan.num_samples is not None:
-                    row["epoch"] = progress.images / plan.num_samples
+                if timetable.num_samples is not None:
+                    row["epoch"] = progress.images / timetable.num_samples
                 means, pending = reduce_metrics(metrics, rejections.pending, world)
-                row |= means
-                row |= {**hyper, "grad_norm": result.grad_norm, **strategy.loss_scale.report()}
+                row |= {**means, **scores, **hyper, "grad_norm": result.grad_norm}
+                if len(result.module_norms) > 1:
+                    row |= {f"grad_norm/{name}": norm for name, norm in result.module_norms.items()}
+                row |= strategy.loss_scale.report()
                 row |= {**meter.read(), "memory_gib": memory_gib(device), "rejected": rejections.count + pending}
                 log.log(row)
                 log.progress(progress.step, row)
@@ -172,8 +184,9 @@ def train(
                 rejections.exchange(log)
             if stop:
                 break
-            step_due = bool(plan.save_every) and progress.step % plan.save_every == 0
-            if (clock_due or step_due) and not nonfinite:  # a fault may have left its mark on buffers too
+            step_due = plan.save_every is not None and timetable.due(plan.save_every, progress.step)
+            best_due = validation is not None and bool(scores) and validation.best_step == progress.step
+            if (clock_due or step_due or best_due) and not nonfinite:  # a fault may have left its mark on buffers too
                 save()
             checkpointer.check()
 
@@ -182,7 +195,9 @@ def train(
         if saved_at != progress.step or progress.step == 0:
             save()
         checkpointer.wait()
-    return "done" if progress.step >= plan.total_steps else "signal" if stop else "stop_after"
+    if progress.step >= timetable.total:
+        return "done"
+    return "signal" if stop else "patience" if exhausted else "stop_after"
 
 
 class NonFinite(ValueError):

@@ -14,10 +14,10 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scaler.methods import METHODS, method_class
 from scaler.schedules import Duration
@@ -53,6 +53,20 @@ IntervalText = Annotated[str, BeforeValidator(_interval)]
 SizeText = Annotated[str, BeforeValidator(_size)]
 
 
+class DataStage(Section):
+    """How the run begins: with another batch or image size than the rest of it."""
+
+    until: DurationText = Field(description="point of the whole run at which the stage ends")
+    global_batch_size: int | None = Field(None, gt=0, description="null: data.global_batch_size")
+    image_size: int | None = Field(None, gt=0, description="null: data.image_size")
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> DataStage:
+        if self.global_batch_size is None and self.image_size is None:
+            raise ValueError("a stage needs a global_batch_size or an image_size of its own")
+        return self
+
+
 class Data(Section):
     """Where the images come from and how the global batch is drawn (`shards.order`)."""
 
@@ -60,7 +74,7 @@ class Data(Section):
         description="folder or URL that holds index.json; with reader stream, shards as webdataset names them: paths "
         "or URLs with braces, several joined by '::', pipe: commands"
     )
-    val_shards: str | None = Field(None, description="labelled shards for evaluation")
+    val_shards: str | None = Field(None, description="labelled shards, folder or URL, on which `evaluate` scores")
     reader: Literal["indexed", "stream"] = Field(
         "indexed", description="stream: shards without an index, drawn with replacement, resumed approximately"
     )
@@ -68,6 +82,9 @@ class Data(Section):
     global_batch_size: int = Field(gt=0, description="images per optimiser step over all ranks and micro-batches")
     num_workers: int = Field(8, ge=0, description="loader processes per rank; of indexed shards never changes results")
     image_size: int = Field(gt=0, description="pixels of a (global) crop")
+    stages: tuple[DataStage, ...] = Field(
+        (), description="what the run begins with: batch-size ramp-up, progressive resolution"
+    )
     shuffle_window: int = Field(2048, gt=0, description="samples of a lane (of a rank's stream) shuffled together")
     lanes: int | Literal["auto"] = "auto"
     max_bad_fraction: float = Field(0.001, ge=0, le=1, description="distinct undecodable samples that stop the run")
@@ -144,11 +161,23 @@ class StrategySettings(Section):
     )
 
 
+class Evaluate(Section):
+    """Scoring the model on `data.val_shards` while it is trained."""
+
+    every: DurationText | None = Field(None, description="null: 1 epochs")
+    patience: int | None = Field(
+        None, gt=0, description="evaluations in a row without a better top-1 that end the run; null: none do"
+    )
+    batch_size: int | None = Field(None, gt=0, description="images a rank scores at a time; null: its micro-batch")
+    crop_fraction: float = Field(0.875, gt=0, le=1, description="of the short side that the centre crop keeps")
+
+
 class CheckpointSettings(Section):
     """When to save and what to keep."""
 
     every: IntervalText = "1000 steps"
     keep_last: int = Field(2, gt=0)
+    keep_best: bool = Field(True, description="save and keep the checkpoint with the best evaluation")
     keep_every: DurationText | None = None
     dir: str | None = Field(None, description="folder or URL (s3://…) of the checkpoints; null: RUN/checkpoints")
     resume: str = Field("auto", description="auto | never | path of a checkpoint or run (used while RUN has none)")
@@ -191,6 +220,7 @@ class Recipe(Section):
     data: Data
     optim: Optim
     schedule: Schedule
+    evaluate: Evaluate = Evaluate()
     strategy: StrategySettings = StrategySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     track: Track = Track()
@@ -315,7 +345,9 @@ def _explain(item: Any, *, source: str, model: type[BaseModel], prefix: str = ""
     key = prefix + ".".join(path)
     if item["type"] == "extra_forbidden":
         for part in path[:-1]:
-            model = model.model_fields[part].annotation  # type: ignore[assignment]
+            if not part.isdigit():  # the items of a list are all of one kind
+                found: Any = model.model_fields[part].annotation
+                model = get_args(found)[0] if get_origin(found) is tuple else found
         return f"{source}: unknown key {key!r}; {nearest(path[-1], list(model.model_fields))}"
     if item["type"] == "missing":
         return f"{source}: {key} is missing and has no default"

@@ -42,18 +42,13 @@ class Duration:
         amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit}"
 
-    def steps(self, *, global_batch_size: int, num_samples: int | None) -> int:
-        """The whole number of steps that holds this duration (images and epochs are rounded up).
-
-        `num_samples` None: nobody knows, and no duration is in epochs.
-        """
-        if self.unit == "steps":
-            return math.ceil(self.amount)
-        images = self.amount
+    def images(self, num_samples: int | None) -> float:
+        """How many images this is, where an epoch has `num_samples` (None: nobody knows, and nothing is in epochs)."""
         if self.unit == "epochs":
             assert num_samples is not None, "a stream has no epochs"
-            images *= num_samples
-        return math.ceil(round(images / global_batch_size, 9))
+            return self.amount * num_samples
+        assert self.unit == "images", "steps are of several sizes"
+        return self.amount
 
 
 def linear(step: int, *, length: int, start: float, end: float) -> float:

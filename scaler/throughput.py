@@ -65,6 +65,15 @@ class Throughput:
             self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the `with` out of everything."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    @contextlib.contextmanager
     def stage(self, name: str, device: torch.device) -> Iterator[None]:
         """Count what the current stream of a GPU does for the inside of the `with`, or the CPU's time there.
 

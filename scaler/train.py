@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 -m scaler.train configs/dinov2/vitl16_in1k.yaml data.shards=…
     accelerate launch --config_file configs/accelerate/fsdp2.yaml -m scaler.train dinov2/demo data.shards=…
 
-Exit codes: 0 the run is done (or reached run.stop_after), 75 a signal (or the end of its launcher) stopped it after a
-checkpoint (start it again to go on), 2 wrong use, 1 failure. RUN/exit.json says the same in words.
+Exit codes: 0 the run is done (or reached run.stop_after, or the end of evaluate.patience), 75 a signal (or the end of
+its launcher) stopped it after a checkpoint (start it again to go on), 2 wrong use, 1 failure. RUN/exit.json says the
+same in words.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,37 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from scaler import schedules
 from scaler.checkpoint import Checkpointer, Location, load_pieces, locate, read_manifest
 from scaler.collectives import World
 from scaler.data import TrainingData, open_data
-from scaler.layout import Layout, batch_layout, elastic_layout
+from scaler.layout import Layout, batch_layout, elastic_layouts
 from scaler.lock import hold
 from scaler.loop import NonFinite, Plan, Progress, train
 from scaler.methods import method_class
-from scaler.methods.base import Hyper, Method
+from scaler.methods.base import Method
 from scaler.metrics import MetricsLog
 from scaler.optimizers import build_optimizer
 from scaler.recipe import Recipe, StrategySettings, load_recipe
 from scaler.rejections import Rejections
 from scaler.resume import check_continues
 from scaler.signals import StopSignals
-from scaler.strategies import strategy_class
+from scaler.strategies import Strategy, strategy_class
 from scaler.strategies.fsdp2 import shard_width
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import Meeting, dismiss, join, meet, ranks_per_node, wait_for_end
 from scaler.throughput import Supply
+from scaler.timetable import Timetable, batch_sizes
+from scaler.validation import Validation
 from scaler.watch import Watch
+from shards.index import ShardIndex
 
-EXIT_CODES = {"done": 0, "stop_after": 0, "signal": 75, "error": 1}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+EXIT_CODES = {
+    "done": 0,
+    "stop_after": 0,
+    "patience": 0,
+    "signal": 75,
+    "error": 1,
+}  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 _LET_RANK_0_SPEAK = 5.0  # seconds
 
 
@@ -94,12 +103,13 @@ def run(recipe: Recipe) -> str:
     with Watch(timeout=60 * minutes, rank=int(os.environ.get("RANK", "0"))) as watch:
         meeting = meet(say=watch.beat)
         with run_directory(run_dir, rank=meeting.rank), said_where(watch):
-            layout = choose_layout(recipe, settings, meeting=meeting)
-            if meeting.rank >= layout.ranks:
+            layouts = choose_layouts(recipe, settings, meeting=meeting)
+            ranks = layouts[recipe.data.global_batch_size].ranks
+            if meeting.rank >= ranks:
                 watch.share(rank=meeting.rank, world_size=1, store=None, folder=run_dir)
                 return wait_for_end(meeting, tick=lambda: watch.beat("idle"))
             # Twice the watch's time: it is to speak first, also when a slow rank begins to hang late.
-            world, device = join(meeting, ranks=layout.ranks, timeout_minutes=2 * minutes + 1)
+            world, device = join(meeting, ranks=ranks, timeout_minutes=2 * minutes + 1)
             watch.share(
                 rank=world.rank,
                 world_size=world.size,
@@ -114,7 +124,7 @@ def run(recipe: Recipe) -> str:
                         reason = attempt(
                             recipe,
                             settings,
-                            layout=layout,
+                            layouts=layouts,
                             started=meeting.size,
                             signals=signals,
                             watch=watch,
@@ -130,7 +140,7 @@ def run(recipe: Recipe) -> str:
                             print(f"{error}. Going back to the last checkpoint, in case it was a passing fault")
                     gc.collect()  # the model, before it is built again
             finally:
-                dismiss(meeting, ranks=layout.ranks, reason=reason)
+                dismiss(meeting, ranks=ranks, reason=reason)
         return reason
 
 
@@ -138,7 +148,7 @@ def attempt(
     recipe: Recipe,
     settings: StrategySettings,
     *,
-    layout: Layout,
+    layouts: dict[int, Layout],
     started: int,
     signals: StopSignals,
     watch: Watch,
@@ -154,28 +164,35 @@ def attempt(
     run_dir = Path(recipe.run.dir)
     watch.beat("reading the index")
     data = open_data(recipe)
+    timetable = Timetable(recipe, num_samples=data.num_samples)
+
+    watch.beat("looking for checkpoints")
+    keep_every = recipe.checkpoint.keep_every
+    checkpointer = Checkpointer(
+        run_dir,
+        world=world,
+        keep_last=recipe.checkpoint.keep_last,
+        keep=(lambda step: timetable.due(keep_every, step)) if keep_every else None,
+        folder=recipe.checkpoint.dir,
+    )
+    source = find_start(recipe, checkpointer)
 
     watch.beat("building the model")
     method = build_method(recipe, world=world)
     data.check(method)
-    method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
+    for layout in layouts.values():
+        method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
+    for stage in timetable.stages:
+        method.views_at(stage.image_size)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
 
-    steps = step_counter(recipe, num_samples=data.num_samples)
-    plan = make_plan(recipe, steps=steps, num_samples=data.num_samples, num_micro_batches=layout.num_micro_batches)
-    watch.beat("looking for checkpoints")
-    checkpointer = Checkpointer(
-        run_dir,
-        world=world,
-        keep_last=recipe.checkpoint.keep_last,
-        keep_every=steps(recipe.checkpoint.keep_every) if recipe.checkpoint.keep_every else 0,
-        folder=recipe.checkpoint.dir,
-    )
+    layout = layouts[recipe.data.global_batch_size]
+    validation = open_validation(recipe, data, method, strategy, layout=layout, world=world, device=device)
     resolved = resolved_recipe(recipe, shards=data.place, settings=settings)
-    progress, source = Progress(), find_start(recipe, checkpointer)
+    progress = Progress()
     if source is not None:
         manifest = read_manifest(source)
         check_continues(
@@ -190,18 +207,18 @@ def attempt(
         strategy.loaded()
         strategy.loss_scale.load_state_dict(manifest["loss_scale"])
         progress = Progress(step=manifest["step"], images=manifest["images"])
+        if validation is not None and manifest.get("validation"):
+            validation.load_state_dict(manifest["validation"])
     if world.rank == 0:
         (run_dir / "recipe.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, width=100))
 
-    batch = recipe.data.global_batch_size
-    loader = data.loader(method.views, layout=layout, world=world, start=progress.images, stop=plan.stop_step * batch)
-    drawn = data.num_samples or plan.total_steps * batch
+    drawn = data.num_samples or timetable.images(timetable.total)
     rejections = Rejections(world=world, limit=max(10, int(recipe.data.max_bad_fraction * drawn)))
     log = MetricsLog(
         run_dir,
         rank=world.rank,
         start_step=progress.step,
-        total_steps=plan.total_steps,
+        total_steps=timetable.total,
         track=recipe.track,
         recipe=resolved,
         supply=Supply(
@@ -218,20 +235,23 @@ def attempt(
             log,
             strategy.report(),
             recipe=recipe,
+            method=method,
             data=data,
-            plan=plan,
-            layout=layout,
+            timetable=timetable,
+            layouts=layouts,
             started=started,
             source=source,
             progress=progress,
         )
         reason = train(
-            plan=plan,
+            plan=make_plan(recipe, timetable=timetable, layouts=layouts),
             progress=progress,
             method=method,
             strategy=strategy,
-            loader=iter(loader),
-            hyper_at=lambda step: hyper_at(recipe, method, step, steps=steps),
+            loader=data.batches(
+                method, timetable=timetable, layouts=layouts, world=world, step=progress.step, images=progress.images
+            ),
+            validation=validation,
             checkpointer=checkpointer,
             checkpoint_info=lambda: {
                 "images": progress.images,
@@ -239,6 +259,7 @@ def attempt(
                 "fingerprint": data.fingerprint,
                 "loss_scale": strategy.loss_scale.state_dict(),
                 "saved_by": strategy.report(),
+                "validation": None if validation is None else validation.state_dict(),
             },
             rejections=rejections,
             log=log,
@@ -252,9 +273,13 @@ def attempt(
                 "done": "done",
                 "signal": "stopped by a signal; start again to go on",
                 "stop_after": "reached run.stop_after",
+                "patience": "no better evaluation for evaluate.patience times",
             }[reason]
             + f": step {progress.step}, {run_dir}"
         )
+        if validation is not None and validation.best is not None:
+            best = ", ".join(f"{name} {value:.4g}" for name, value in validation.best.items())
+            log.note(f"best evaluation: {best}")
     finally:
         log.close()
     if world.rank == 0:
@@ -269,34 +294,6 @@ def build_method(recipe: Recipe, *, world: World) -> Method:
     """The recipe's method, initialised from its seed: the same on every rank and machine layout."""
     torch.manual_seed(recipe.run.seed)
     return method_class(recipe.method.name)(recipe.method, image_size=recipe.data.image_size, world=world)
-
-
-def step_counter(recipe: Recipe, *, num_samples: int | None) -> Callable[[str], int]:
-    """From durations ("10 epochs", …, or "total") to steps of this recipe on so many samples (None: a stream)."""
-
-    def steps(text: str) -> int:
-        duration = schedules.Duration.parse(recipe.schedule.total if text == "total" else text)
-        return duration.steps(global_batch_size=recipe.data.global_batch_size, num_samples=num_samples)
-
-    return steps
-
-
-def hyper_at(recipe: Recipe, method: Method, step: int, *, steps: Callable[[str], int]) -> Hyper:
-    """Learning rate, weight decay and the method's own scheduled values at `step` (updates already made)."""
-    optim, schedule, total = recipe.optim, recipe.schedule, steps("total")
-    warmup = min(steps(schedule.warmup), total)
-    peak = optim.scaled_lr(recipe.data.global_batch_size)
-    decay_end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
-    hyper = {
-        "lr": schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, end=schedule.final_lr),
-        "weight_decay": schedules.cosine(step, total=total, start=optim.weight_decay, end=decay_end),
-    }
-    for name, value in method.hyper(step, steps).items():
-        if name.endswith("_lr_scale"):  # a learning rate of its own for some groups, as a multiple of the common one
-            hyper[name.removesuffix("_scale")] = hyper["lr"] * value
-        else:
-            hyper[name] = value
-    return hyper
 
 
 # ---------------------------------------------------------------------- helpers of `run`
@@ -348,15 +345,16 @@ def said_where(watch: Watch) -> Iterator[None]:
         raise RuntimeError(f"{watch.where()}: {first}") from error
 
 
-def choose_layout(recipe: Recipe, settings: StrategySettings, *, meeting: Meeting) -> Layout:
-    """How the global batch is laid over those who met: over all, or with `strategy.min_ranks` over as many as can.
+def choose_layouts(recipe: Recipe, settings: StrategySettings, *, meeting: Meeting) -> dict[int, Layout]:
+    """How each global batch size of the run is laid over those who met: over all, or with `strategy.min_ranks` over as
+    many as can.
 
     Raises:
         ValueError: it cannot; says how it could.
     """
-    batch, micro = recipe.data.global_batch_size, settings.micro_batch_size
+    sizes, micro = batch_sizes(recipe), settings.micro_batch_size
     if settings.min_ranks is None or meeting.store is None:
-        return batch_layout(batch, micro_batch_size=micro, ranks=meeting.size)
+        return {size: batch_layout(size, micro_batch_size=micro, ranks=meeting.size) for size in sizes}
     method = build_method(recipe, world=World())
 
     def check(layout: Layout) -> None:
@@ -364,28 +362,56 @@ def choose_layout(recipe: Recipe, settings: StrategySettings, *, meeting: Meetin
         if settings.name == "fsdp2":
             shard_width(settings.shard_group, world_size=layout.ranks)
 
-    return elastic_layout(
-        batch, micro_batch_size=micro, started=meeting.size, min_ranks=settings.min_ranks, check=check
+    return elastic_layouts(
+        sizes, micro_batch_size=micro, started=meeting.size, min_ranks=settings.min_ranks, check=check
     )
 
 
-def make_plan(recipe: Recipe, *, steps: Callable[[str], int], num_samples: int | None, num_micro_batches: int) -> Plan:
-    """The run's numbers in steps."""
-    total = steps(recipe.schedule.total)
-    stop = min(total, steps(recipe.run.stop_after)) if recipe.run.stop_after else total
+def make_plan(recipe: Recipe, *, timetable: Timetable, layouts: dict[int, Layout]) -> Plan:
+    """What the loop does when."""
     every = recipe.checkpoint.every
-    minutes = float(every.removesuffix(" minutes")) if every.endswith(" minutes") else 0.0
+    by_clock = every.endswith(" minutes")
     return Plan(
-        total_steps=total,
-        stop_step=stop,
-        global_batch_size=recipe.data.global_batch_size,
-        num_micro_batches=num_micro_batches,
-        num_samples=num_samples,
-        log_every=steps(recipe.track.log_every),
-        save_every=0 if minutes else steps(every),
-        save_minutes=minutes,
+        timetable=timetable,
+        layouts=layouts,
+        log_every=recipe.track.log_every,
+        save_every=None if by_clock else every,
+        save_minutes=float(every.removesuffix(" minutes")) if by_clock else 0.0,
         seed=recipe.run.seed,
         max_nonfinite=recipe.run.max_nonfinite,
+    )
+
+
+def open_validation(
+    recipe: Recipe,
+    data: TrainingData,
+    method: Method,
+    strategy: Strategy,
+    *,
+    layout: Layout,
+    world: World,
+    device: torch.device,
+) -> Validation | None:
+    """The evaluation that the recipe asks for, if any.
+
+    Raises:
+        ValueError: there is no such thing, or its classes are others than the training's; says how to mend it.
+    """
+    if recipe.data.val_shards is None or not method.validates:
+        return None
+    index = ShardIndex.load(recipe.data.val_shards, cache=recipe.data.cache())
+    if data.class_names is not None and index.class_names != data.class_names:
+        raise ValueError(
+            f"{index.path} (data.val_shards) has {len(index.class_names)} classes and {data.place} has "
+            f"{len(data.class_names)}, or others: labels would not mean the same; convert both from class folders of "
+            "the same names"
+        )
+    if data.class_names is None and recipe.evaluate.every is None:
+        raise ValueError("a stream (data.reader) has no epochs: set evaluate.every in steps or images")
+    method.check_classes(index.class_names)
+    batch_size = recipe.evaluate.batch_size or layout.micro_batch_size
+    return Validation(
+        recipe, index=index, method=method, strategy=strategy, batch_size=batch_size, world=world, device=device
     )
 
 
@@ -425,31 +451,45 @@ def announce(
     report: dict[str, Any],
     *,
     recipe: Recipe,
+    method: Method,
     data: TrainingData,
-    plan: Plan,
-    layout: Layout,
+    timetable: Timetable,
+    layouts: dict[int, Layout],
     started: int,
     source: Location | None,
     progress: Progress,
 ) -> None:
-    """Print what was really engaged."""
+    """Print what was really engaged, and what the user should know of it."""
     log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
-    images, epochs = "a stream of images", ""
-    if plan.num_samples is not None:
-        images = f"{plan.num_samples} images"
-        epochs = f" ({plan.total_steps * plan.global_batch_size / plan.num_samples:.2f} epochs)"
+    size, images, epochs = recipe.data.global_batch_size, "a stream of images", ""
+    if data.num_samples is not None:
+        images = f"{data.num_samples} images"
+        epochs = f" ({timetable.images(timetable.total) / data.num_samples:.2f} epochs)"
+    layout = layouts[size]
     log.note(
-        f"{recipe.method.name}: {images}, global batch {plan.global_batch_size} = "
+        f"{recipe.method.name}: {images}, global batch {size} = "
         f"{layout.ranks} ranks × {layout.num_micro_batches} micro-batches × {layout.micro_batch_size}, "
-        f"{plan.total_steps} steps{epochs}, in {recipe.run.dir}"
+        f"{timetable.total} steps{epochs}, in {recipe.run.dir}"
     )
+    if stages := timetable.describe():
+        log.note(stages)
     if started > layout.ranks:
         idle = started - layout.ranks
         log.note(f"{layout.ranks} of {started} ranks train, {idle} idle: the batch can be laid over no more of them")
     for line in data.notes(layout=layout, resumes=source is not None):
         log.note(line)
+    for line in unread_settings(recipe, method):
+        log.note(f"warning: {line}")
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
+
+
+def unread_settings(recipe: Recipe, method: Method) -> Iterator[str]:
+    """What the recipe says about evaluation that nothing reads."""
+    if recipe.data.val_shards is not None and not method.validates:
+        yield f"data.val_shards is set, without effect: {recipe.method.name} has no labels; use scaler eval knn"
+    elif recipe.data.val_shards is None and recipe.evaluate != type(recipe.evaluate)():
+        yield "the section evaluate is set, without effect: data.val_shards names no images to score"
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -32,7 +32,8 @@ from scaler.recipe import Recipe, load_recipe
 from scaler.strategies import Strategy, strategy_class
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import join, meet
-from scaler.train import build_method, hyper_at, step_counter
+from scaler.timetable import Timetable
+from scaler.train import build_method
 
 _WARM_UP = 3  # steps before anything is measured
 _TIMED = 3  # steps that say how many fit into a window
@@ -191,12 +192,12 @@ class Stepper:
         self.recipe, self.method, self.strategy = recipe, method, strategy
         self.world, self.device, self.batch = world, device, batch
         self.number = 0
-        self.steps = step_counter(recipe, num_samples=_NUM_SAMPLES)
+        self.timetable = Timetable(recipe, num_samples=_NUM_SAMPLES)
 
     def step(self) -> float:
         """One step as in `scaler.loop`, with one micro-batch; returns its seconds."""
         start = time.perf_counter()
-        hyper = hyper_at(self.recipe, self.method, self.number, steps=self.steps)
+        hyper = self.timetable.hyper(self.method, self.number)
         set_hyper(self.strategy.optimizer, hyper)
         batch = self.method.augment(self.batch, seed=0, step=self.number)
         target = None

@@ -44,7 +44,7 @@ class Checkpointer:
         run_dir: holds `checkpoints/` unless `folder` is given; shared by all ranks.
         world: the ranks that save together.
         keep_last: how many complete checkpoints to keep.
-        keep_every: steps whose multiples are kept for good; 0: none.
+        keep: whether the checkpoint of a step is kept for good; None: none is.
         folder: a path or URL that all ranks reach, and that no other run writes to.
 
     Raises:
@@ -52,10 +52,16 @@ class Checkpointer:
     """
 
     def __init__(
-        self, run_dir: Path, *, world: World, keep_last: int, keep_every: int = 0, folder: str | Path | None = None
+        self,
+        run_dir: Path,
+        *,
+        world: World,
+        keep_last: int,
+        keep: Callable[[int], bool] | None = None,
+        folder: str | Path | None = None,
     ) -> None:
         self.folder: Location = locate(folder or run_dir / "checkpoints")
-        self.world, self.keep_last, self.keep_every = world, keep_last, keep_every
+        self.world, self.keep_last, self._keep = world, keep_last, keep
         self._session = world.broadcast_object(uuid.uuid4().hex[:8])
         self._saves = 0
         self._staging = Staging()
@@ -63,10 +69,11 @@ class Checkpointer:
         self._error: Exception | None = None
         self._together(lambda: self._prepare() if world.rank == 0 else None)
 
-    def save(self, *, step: int, pieces: dict[str, Piece], info: dict[str, Any]) -> None:
+    def save(self, *, step: int, pieces: dict[str, Piece], info: dict[str, Any], best: int | None = None) -> None:
         """Copy this rank's pieces to host memory and write them in the background.
 
-        What several ranks hold is split among them. `info` is put into the manifest (recipe, fingerprint, state).
+        What several ranks hold is split among them. `info` is put into the manifest (recipe, fingerprint, state);
+        the checkpoint of step `best` is kept until another one is.
 
         Raises:
             ValueError: the checkpoint before this one could not be written.
@@ -78,7 +85,7 @@ class Checkpointer:
         staged = self._staging.copy(pieces)
         # The name tells these files from those of a dead attempt, or of this one before it went back to redo the step.
         token = f"{self._session}-{self._saves}"
-        arguments = (folder_at(self.folder / f"step-{step:08d}"), token, staged, manifest)
+        arguments = (folder_at(self.folder / f"step-{step:08d}"), token, staged, manifest, best)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
 
@@ -175,7 +182,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ the background thread
 
-    def _write(self, folder: Folder, token: str, staged: Staged, manifest: dict[str, Any]) -> None:
+    def _write(self, folder: Folder, token: str, staged: Staged, manifest: dict[str, Any], best: int | None) -> None:
         stem = f"rank-{self.world.rank:05d}-{token}"
         try:
             with folder.writing(f"{stem}.safetensors") as write:
@@ -184,7 +191,7 @@ class Checkpointer:
             folder.write(f"{stem}.json", json.dumps(part).encode())
             if self.world.rank == 0:
                 write_manifest(folder, self._complete(folder, token, manifest))
-                self._prune(folder)
+                self._prune(folder, best=best)
         except Exception as error:  # whatever it is, the training must hear of it
             self._error = error
             with contextlib.suppress(Exception):  # rank 0 should not have to wait in vain
@@ -221,12 +228,13 @@ class Checkpointer:
                 time.sleep(pause)
                 pause = min(1.0, 1.5 * pause)  # asking an object store costs
 
-    def _prune(self, folder: Folder) -> None:
+    def _prune(self, folder: Folder, *, best: int | None) -> None:
         """Remove what the checkpoint just completed does not need, and the checkpoints that have had their time."""
         manifest = json.loads(folder.read(MANIFEST))
         folder.remove([name for name in folder.sizes() if name != MANIFEST and name not in manifest["files"]])
         for location in complete_checkpoints(self.folder)[self.keep_last :]:
-            if not self.keep_every or step_of(location.name) % self.keep_every:
+            step = step_of(location.name)
+            if step != best and not (self._keep is not None and self._keep(step)):
                 folder_at(location).remove([MANIFEST])  # first: half a checkpoint must not look whole
                 folder_at(location).remove_all()
 

@@ -16,6 +16,14 @@ from shards.decode import View
 from shards.index import ShardIndex
 from shards.loader import evaluation_batches
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def normalized(images: Tensor, normalization: Normalization) -> Tensor:
+    """Images uint8 [n, 3, h, w] as float32, by mean and deviation per channel of pixels from 0 to 1."""
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) * 255 for values in normalization)
+    return (images.float() - mean) / std
+
 
 @torch.no_grad()
 def extract_features(
@@ -27,7 +35,7 @@ def extract_features(
     num_workers: int,
     device: torch.device | str,
     world: World,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]] = Method.normalization,
+    normalization: Normalization = Method.normalization,
     title: str = "features",
 ) -> tuple[Tensor, Tensor]:
     """Run `features_fn` over all samples of `index`, each exactly once.
@@ -48,7 +56,6 @@ def extract_features(
     Raises:
         ValueError: a shard that is missing or cut off (from the loader), or no sample that decodes.
     """
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in normalization)
     features, labels = torch.empty(0), torch.full((index.num_samples,), -1, dtype=torch.int64)
     times = torch.zeros(index.num_samples, dtype=torch.int64)
     rejected: list[dict[str, Any]] = []
@@ -61,7 +68,7 @@ def extract_features(
     with progress:
         task = progress.add_task(title, total=index.num_samples)
         for batch in batches:
-            images = (batch["images"].to(device, non_blocking=True).float() - mean) / std
+            images = normalized(batch["images"].to(device, non_blocking=True), normalization)
             out = world.all_gather(features_fn(images).float()).cpu()
             facts = [torch.as_tensor(batch[key]).to(device) for key in ("ids", "labels", "weights")]
             ids, found, weights = (world.all_gather(fact).cpu() for fact in facts)

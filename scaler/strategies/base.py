@@ -49,9 +49,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of an optimiser step: the gradient norm before clipping, and whether the step was taken."""
+    """Outcome of an optimiser step: the gradient's norm before clipping, of the whole model and of each module that is
+    clipped by itself, and whether the step was taken."""
 
     grad_norm: float
+    module_norms: dict[str, float]
     taken: bool
 
 
@@ -174,7 +176,7 @@ class Strategy:
         if self.sharded:
             self.shard_world.sum_(squares)
         norms = squares.sqrt() / self.loss_scale.value
-        total = float(norms.square().sum().sqrt())
+        total, *parts = torch.stack([norms.square().sum().sqrt(), *norms]).tolist()
         taken = total < float("inf")
         if taken and (self.clip_norm is not None or self.loss_scale.enabled):
             limit = float("inf") if self.clip_norm is None else self.clip_norm
@@ -184,7 +186,7 @@ class Strategy:
                     torch._foreach_mul_(tensors, factor.to(tensors[0].device))
         self.update(taken=taken)
         self.loss_scale.update(finite=taken)
-        return StepResult(grad_norm=total, taken=taken)
+        return StepResult(grad_norm=total, module_norms=dict(zip(gradients, parts, strict=True)), taken=taken)
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """This rank's part of every gradient that the next update uses, by the module that it is clipped with."""

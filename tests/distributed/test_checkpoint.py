@@ -89,7 +89,7 @@ def run_dir(tmp_path) -> Path:
 
 def test_old_checkpoints_are_removed_but_for_the_multiples_to_keep(tmp_path):
     strategy = tiny_strategy("ddp", World())
-    checkpointer = Checkpointer(tmp_path, world=World(), keep_last=2, keep_every=4)
+    checkpointer = Checkpointer(tmp_path, world=World(), keep_last=2, keep=lambda step: step % 4 == 0)
     for step in range(1, 11):
         checkpointer.save(step=step, pieces=strategy.pieces(), info={})
     checkpointer.wait()

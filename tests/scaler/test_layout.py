@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scaler.layout import Layout, batch_layout, elastic_layout
+from scaler.layout import Layout, batch_layout, elastic_layouts
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,9 @@ def test_batches_that_do_not_are_refused_with_the_nearest_choice(batch, micro, r
 
 
 def elastic(batch, micro, started, min_ranks, check=lambda layout: None):
-    layout = elastic_layout(batch, micro_batch_size=micro, started=started, min_ranks=min_ranks, check=check)
+    (layout,) = elastic_layouts(
+        [batch], micro_batch_size=micro, started=started, min_ranks=min_ranks, check=check
+    ).values()
     assert layout.ranks * layout.micro_batch_size * layout.num_micro_batches == batch
     return layout
 
@@ -58,3 +60,12 @@ def test_never_fewer_than_wanted():
         elastic(96, 16, 3, 4)
     with pytest.raises(ValueError, match="97 cannot be laid over 2 to 8 ranks"):
         elastic(97, 16, 8, 2)
+
+
+def test_every_batch_size_of_a_run_is_laid_over_the_same_ranks():
+    layouts = elastic_layouts([64, 96, 256], micro_batch_size=32, started=7, min_ranks=1, check=lambda layout: None)
+    assert layouts == {
+        64: Layout(4, 16, 1),
+        96: Layout(4, 24, 1),
+        256: Layout(4, 32, 2),
+    }  # 6 of 7 would do for 96 alone

@@ -11,22 +11,6 @@ from scaler.schedules import Duration, cosine, linear, warmup_cosine
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"),
-    [
-        ("7 steps", 7),
-        ("1 step", 1),
-        ("2 epochs", 32),  # 2 · 1009 / 64 = 31.53…, and the last step belongs to them
-        ("0.5 epochs", 8),
-        ("640 images", 10),
-        ("641 images", 11),
-        ("1e3 images", 16),
-    ],
-)
-def test_durations_in_steps(text, steps):
-    assert Duration.parse(text).steps(global_batch_size=64, num_samples=1009) == steps
-
-
-@pytest.mark.parametrize(
     "text", ["", "10", "ten steps", "10 parsecs", "-3 steps", "10 steps 2 epochs", None, 10, "steps"]
 )
 def test_what_is_no_duration_is_refused(text):

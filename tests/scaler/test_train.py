@@ -21,7 +21,8 @@ from scaler.checkpoint import complete_checkpoints
 from scaler.collectives import World
 from scaler.methods.simclr.method import SimCLR
 from scaler.recipe import load_recipe
-from scaler.train import build_method, hyper_at, main, step_counter
+from scaler.timetable import Timetable
+from scaler.train import build_method, main
 from shards import resize
 from tests.runs import METHODS, make_shards, rows, weights, write_recipe
 
@@ -120,11 +121,11 @@ def test_hyper_values_of_vitl_by_hand():
     """ViT-L/16, batch 2,048, "epochs" of 1,250 steps as published; our epochs are of the real data set."""
     recipe = load_recipe("dinov2/vitl16_in1k", overrides=["data.shards=x"])
     method = type(build_method(load_recipe("dinov2/demo", overrides=["data.shards=x"]), world=World()))
-    steps = step_counter(recipe, num_samples=1_281_167)
+    timetable = Timetable(recipe, num_samples=1_281_167)
     stub = method.__new__(method)
     object.__setattr__(stub, "settings", recipe.method)
-    at = {step: hyper_at(recipe, stub, step, steps=steps) for step in (0, 12_499, 68_750, 125_000)}
-    assert steps("total") == 125_000
+    at = {step: timetable.hyper(stub, step) for step in (0, 12_499, 68_750, 125_000)}
+    assert timetable.total == 125_000
     assert at[0]["lr"] == 0.0 and at[0]["last_layer_lr"] == 0.0
     assert at[12_499]["lr"] == pytest.approx(0.004 * 2**0.5) == at[12_499]["last_layer_lr"]
     assert at[68_750]["lr"] == pytest.approx((0.004 * 2**0.5 + 1e-6) / 2)
