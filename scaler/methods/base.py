@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from scaler.collectives import World
+from scaler.nn.weights import Weights
 from shards.decode import View
 
 Stage = Literal["observe", "combine", "learn", "evaluate"]
@@ -25,6 +26,7 @@ Batch = dict[str, Any]
 Hyper = dict[str, float]
 Channels = tuple[float, float, float]
 Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
+ReadWeights = Callable[..., Weights]  # scaler.weights.read_weights(source, backbone=…)
 
 
 class Method(nn.Module):
@@ -59,6 +61,22 @@ class Method(nn.Module):
     def views(self) -> tuple[View, ...]:
         """The views at the recipe's image size."""
         return self.views_at(self.image_size)
+
+    def load_weights(self, read: ReadWeights) -> list[str]:
+        """Start from the weights that the settings name, if they name any, instead of from random ones.
+
+        Called when a run starts from nothing (a resumed one has its checkpoint), before a strategy wraps the module.
+
+        Args:
+            read: opens a source (`scaler.weights.read_weights`), which methods themselves know nothing of.
+
+        Returns:
+            What was loaded and what was not, a line each for the user.
+
+        Raises:
+            ValueError: a source that cannot be read, or weights of another architecture; says what to set.
+        """
+        return []
 
     def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
         """Refuse a layout that cannot give the global batch's loss.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Hyper, Lerp, Method
+from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
 from scaler.nn.average import Average
 from scaler.nn.backbones import build_backbone, check_image_size, set_small_stem_
 from scaler.nn.base import Backbone
@@ -23,6 +23,7 @@ from scaler.nn.layers import parameter_layers
 from scaler.nn.moco_v3 import fix_sincos_positions_, freeze_patch_embed_, init_moco_v3_
 from scaler.nn.precision import at_least_fp32
 from scaler.nn.vit import PackedViT
+from scaler.nn.weights import load_backbone_
 from scaler.schedules import warmup_momentum
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,6 +38,11 @@ class PooledSettings(BaseModel):
 
     # Backbone
     backbone: str = Field("resnet50", description="any timm model")
+    weights: str | None = Field(
+        None,
+        description="what the backbone starts from: timm, timm:NAME, a file of weights, a run or a checkpoint; "
+        "null: random weights",
+    )
     small_stem: bool = Field(False, description="ResNets: a 3x3 stem without stride or pooling, for images of 32 px")
     patch_size: int | None = Field(None, gt=0, description="ViTs: pixels; null: the backbone's own")
     depth: int | None = Field(None, gt=0, description="ViTs: number of blocks; null: the backbone's own")
@@ -88,6 +94,18 @@ class PooledMethod(Method):
         """Keep an average of these trained modules if `method.ema` wants one; they are complete by now."""
         if self.settings.ema is not None:
             self.average = Average({name: getattr(self, name) for name in parts})
+
+    def load_weights(self, read: ReadWeights) -> list[str]:
+        """See `Method.load_weights`: the backbone's, and with it its average's; the head starts afresh."""
+        s = self.settings
+        if s.weights is None:
+            return []
+        weights = read(s.weights, backbone=s.backbone)
+        loaded = load_backbone_(self.backbone, weights, normalization=self.normalization)
+        average = self.evaluated("backbone")
+        if average is not self.backbone:
+            average.load_state_dict(self.backbone.state_dict())
+        return [loaded.line]
 
     def evaluated(self, name: str) -> Any:
         """The module of this name that is evaluated: its average if there is one."""

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Hyper, Lerp, Method
+from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
 from scaler.methods.dinov2 import augment, loss
 from scaler.methods.dinov2.network import Network, parameter_groups
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
+from scaler.methods.dinov2.weights import load_centers_, load_heads_
 from scaler.nn.backbones import check_image_size
 from scaler.nn.dino_head import DINOHead
 from scaler.nn.precision import at_least_fp32, full_precision
+from scaler.nn.weights import load_backbone_
 from scaler.schedules import cosine, linear
 from shards.decode import View
 
@@ -80,6 +82,20 @@ class DINOv2(Method):
         check_image_size(image_size, patch_size=patch, name=s.backbone)
         local = max(1, round(s.local_size * image_size / self.image_size / patch)) * patch
         return augment.make_views(s, image_size=image_size, local_size=local)
+
+    def load_weights(self, read: ReadWeights) -> list[str]:
+        """See `Method.load_weights`: student and teacher start alike, from the source's teacher where it has one."""
+        s = self.settings
+        if s.weights is None:
+            return []
+        weights = read(s.weights, backbone=s.backbone)
+        loaded = load_backbone_(self.student.backbone, weights, normalization=self.normalization)
+        fits, line = load_heads_(self.student, weights, backbone_prefix=loaded.prefix)
+        lines = [loaded.line, line]
+        if fits and s.centering == "softmax":
+            lines.append(load_centers_({"cls": self.cls_center, "patch": self.patch_center}, weights))
+        self.teacher.load_state_dict(self.student.state_dict())
+        return lines
 
     def train(self, mode: bool = True) -> DINOv2:
         """Training mode for the student; the teacher stays in evaluation mode."""

@@ -30,6 +30,11 @@ class Settings(BaseModel):
 
     # Backbone
     backbone: str = Field("vit_large_patch16_224", description="a plain ViT of timm")
+    weights: str | None = Field(
+        None,
+        description="what student and teacher start from: timm, timm:NAME, a file of weights, a run or a checkpoint "
+        "(of DINOv2 with its heads and centres); null: random weights",
+    )
     patch_size: int | None = Field(None, gt=0, description="pixels; null: the backbone's own")
     depth: int | None = Field(None, gt=0, description="number of blocks; null: the backbone's own")
     embed_dim: int | None = Field(None, gt=0, description="width; null: the backbone's own")
