@@ -48,6 +48,7 @@ from scaler.throughput import Supply
 from scaler.timetable import Timetable, batch_sizes
 from scaler.validation import Validation
 from scaler.watch import Watch
+from scaler.weights import read_weights
 from shards.index import ShardIndex
 
 EXIT_CODES = {
@@ -184,6 +185,10 @@ def attempt(
         method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     for stage in timetable.stages:
         method.views_at(stage.image_size)
+    loaded: list[str] = []
+    if source is None:
+        watch.beat("loading weights")
+        loaded = method.load_weights(read_weights)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
@@ -227,10 +232,13 @@ def attempt(
             remote=data.remote,
             gpu=device.type == "cuda",
         ),
+        symptoms=method.symptoms,
     )
     rejections.load(run_dir / "rejected.jsonl")
     watch.beat("starting")
     try:
+        for line in loaded:
+            log.note(line)
         announce(
             log,
             strategy.report(),
