@@ -135,6 +135,20 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def advice(
+        self, *, num_samples: int | None, global_batch_size: int, steps: Callable[[str], int], optim: Any
+    ) -> list[str]:
+        """What the user should know of this method on so many images, a line each; what is likely to fail starts with
+        "warning: ".
+
+        Args:
+            num_samples: images in the training data; None: nobody knows.
+            global_batch_size: images of a step.
+            steps: turns a duration (or "total") into steps, as for `hyper`.
+            optim: the recipe's optimiser section.
+        """
+        return []
+
     def symptoms(self, row: Mapping[str, float]) -> dict[str, str]:
         """Signs that training has collapsed or stands still in one logged row (the keys of metrics.jsonl): a short name
         for each, with a sentence on what it means and what to change. A sign that stays is told to the user.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
-from scaler.methods.dinov2 import augment, loss
+from scaler.methods.dinov2 import augment, health, loss
 from scaler.methods.dinov2.network import Network, parameter_groups
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
@@ -281,6 +281,20 @@ class DINOv2(Method):
             ),
             "last_layer_lr_scale": 0.0 if step < steps(s.freeze_last_layer) else 1.0,
         }
+
+    def advice(
+        self, *, num_samples: int | None, global_batch_size: int, steps: Callable[[str], int], optim: Any
+    ) -> list[str]:
+        """See `Method.advice`."""
+        return list(
+            health.advice(
+                self.settings, num_samples=num_samples, global_batch_size=global_batch_size, steps=steps, optim=optim
+            )
+        )
+
+    def symptoms(self, row: Mapping[str, float]) -> dict[str, str]:
+        """See `Method.symptoms`."""
+        return dict(health.symptoms(self.settings, row))
 
     def parameter_groups(self, optim: Any) -> list[dict[str, Any]]:
         """See `Method.parameter_groups`; layer decay and clip names are those of `network.parameter_groups`."""

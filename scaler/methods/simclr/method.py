@@ -10,7 +10,7 @@ Shapes: m images a micro-batch, k micro-batches a rank, d channels of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -102,11 +102,13 @@ class SimCLR(PooledMethod):
         embeddings = self.head(torch.cat([*first, *second]))  # [2km, out]
         loss, accuracy, std = nt_xent(embeddings, temperature=self.settings.temperature, world=self.world)
         value = loss.detach()
-        negatives = value.new_tensor(len(embeddings) * self.world.size - 2)  # fewer while the batch ramps up
+        negatives = torch.full_like(value, len(embeddings) * self.world.size - 2)
         metrics = {"accuracy": accuracy, "embedding_std": std, "negatives": negatives}
         return loss, {"loss": value, "loss/ntxent": value, **metrics}
 
-    def advice(self, *, num_samples: int | None, global_batch_size: int, total_steps: int, optim: Any) -> list[str]:
+    def advice(
+        self, *, num_samples: int | None, global_batch_size: int, steps: Callable[[str], int], optim: Any
+    ) -> list[str]:
         """See `Method.advice`."""
         return list(health.advice(self.settings, num_samples=num_samples, global_batch_size=global_batch_size))
 

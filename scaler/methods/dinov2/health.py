@@ -1,0 +1,103 @@
+"""What is known to go wrong with DINOv2: before a run, from its sizes, and during one, from a logged row.
+
+Most reports of a flat loss, a plateau or NaN are of the published recipe on a fraction of its images, batch or length
+(facebookresearch/dinov2, issues 143, 298, 314). The limits here lie between what was published and what was reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from scaler.methods.dinov2.settings import Settings
+
+_IMAGES_PER_PROTOTYPE = 4  # published: 1.28 million images for 65,536 prototypes, 20 each
+_PROTOTYPES_PER_CROP = 64  # published: 65,536 prototypes for the 4,096 global crops of a batch, 16 each
+_SMALLEST_BATCH = 64  # reports of a plateau are of 12 to 32 images
+_BASE_LR = 4e-3  # AdamW's, times √(batch/1024): the largest that was published
+
+_GRACE = 500  # steps; LayerScale starts at 1e-5, so at first all images have one and the same feature
+
+
+def advice(
+    settings: Settings, *, num_samples: int | None, global_batch_size: int, steps: Callable[[str], int], optim: Any
+) -> Iterator[str]:
+    """Lines of `Method.advice`."""
+    s, batch, total = settings, global_batch_size, steps("total")
+    if num_samples is not None and num_samples < _IMAGES_PER_PROTOTYPE * s.num_prototypes:
+        fitting = max(64, 2 ** round(math.log2(max(1, num_samples / 20))))
+        yield (
+            f"warning: {num_samples} images for {s.num_prototypes} prototypes (published: 20 images for each): with so "
+            f"few the loss often stays flat; set method.num_prototypes={fitting}, or start from dinov2/small_data"
+        )
+    if batch < _SMALLEST_BATCH:
+        yield (
+            f"warning: a global batch of {batch} images is far below what DINOv2 is known to learn from; raise "
+            "data.global_batch_size to 256 or more (accumulation gives the same curve: strategy.micro_batch_size)"
+        )
+    elif s.num_prototypes > 2 * batch * _PROTOTYPES_PER_CROP:
+        yield (
+            f"warning: {s.num_prototypes} prototypes share {2 * batch} global crops a step (published: 16 prototypes "
+            "for each), so that most of them get nothing; raise data.global_batch_size or lower method.num_prototypes"
+        )
+    usual = _BASE_LR * math.sqrt(batch / 1024)
+    if optim.name == "adamw" and optim.scaled_lr(batch) > 2 * usual:
+        yield (
+            f"warning: the learning rate reaches {optim.scaled_lr(batch):.2g}, and a batch of {batch} images is used "
+            f"to {usual:.2g}; set optim.lr_rule=sqrt_1024, which scales optim.lr=4e-3 by it"
+        )
+    if s.koleo_weight and s.group_size == 1:
+        yield "warning: method.koleo_weight has no effect in groups of one image; raise method.group_size"
+    if s.momentum == 1:
+        yield "warning: method.momentum=1 leaves the teacher at its initial weights"
+    elif total * (1 - s.momentum) < 10:
+        yield (
+            f"warning: with method.momentum={s.momentum} the teacher is the mean of about {1 / (1 - s.momentum):.0f} "
+            f"steps, of {total} in all; lower it, to {max(0.5, 1 - 20 / max(1, total)):.2g} for example"
+        )
+    for key in ("teacher_temperature_warmup", "freeze_last_layer"):
+        if (length := steps(getattr(s, key))) > total:
+            yield f"warning: method.{key} is {length} steps, longer than the run's {total}; shorten it alike"
+
+
+def symptoms(settings: Settings, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Names and sentences of `Method.symptoms`."""
+    k = settings.num_prototypes
+    if row["step"] <= _GRACE or not row.get("last_layer_lr", 1.0):
+        return
+    # The feature's spread is 1 when it uses all channels alike; trained models have 0.3 to 1.
+    if row["embedding_std"] < 0.02:
+        yield (
+            "collapsed features",
+            f"embedding_std is {row['embedding_std']:.2g}: all images have nearly the same feature; lower optim.lr, "
+            "lengthen schedule.warmup, or raise method.koleo_weight",
+        )
+    # Of one image's target, over log K. Near 1 it favours no prototype. Near 0 is what sharp targets come to in a
+    # healthy run, unless the student has them right for every image, which it can only if they are all the same.
+    if row["prototype_entropy"] > 0.99:
+        yield (
+            "targets without content",
+            f"prototype_entropy is {row['prototype_entropy']:.4f}: the teacher's targets favour no prototype, so there "
+            "is nothing to learn; lower method.teacher_temperature and method.warmup_teacher_temperature (0.02 for "
+            "narrow models), or method.num_prototypes",
+        )
+    elif row["prototype_entropy"] < 0.02 and row["loss/dino"] < 0.02 * math.log(k):
+        yield (
+            "one prototype for all",
+            f"prototype_entropy is {row['prototype_entropy']:.4f} and loss/dino {row['loss/dino']:.2g}: every image "
+            "has the same prototype; set method.centering=sinkhorn, or raise method.teacher_temperature",
+        )
+    # A student that spreads its guesses evenly pays ln K whatever the targets are.
+    if settings.dino_weight and row["loss/dino"] > 0.995 * math.log(k):
+        yield (
+            "guessing",
+            f"loss/dino is {row['loss/dino']:.4g}, that of guessing among {k} prototypes; raise "
+            "data.global_batch_size, lower method.num_prototypes, or check optim.lr",
+        )
+    if row["agreement"] < 1.2 / k:
+        yield (
+            "no agreement",
+            f"student and teacher choose the same prototype as often as by chance (agreement {row['agreement']:.2g}); "
+            "lower optim.lr, or raise method.momentum",
+        )
