@@ -20,19 +20,18 @@ def make_views(settings: SimCLRSettings, *, image_size: int) -> tuple[View, ...]
 
 def make_color(settings: SimCLRSettings, *, image_size: int) -> Color:
     """Strengths and probabilities of the colour operations, the same for both views."""
-    strength = settings.color_strength
-    kernel = settings.blur_kernel
+    s = settings
+    jitter = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+    own = {name: value for name in jitter if (value := getattr(s, name)) is not None}
+    kernel = s.blur_kernel
     if kernel == "auto":
         kernel = image_size // 10 // 2 * 2 + 1
         kernel = kernel if kernel > 1 else 0
     return Color(
-        brightness=0.8 * strength,
-        contrast=0.8 * strength,
-        saturation=0.8 * strength,
-        hue=0.2 * strength,
-        jitter_p=settings.jitter_probability,
-        grayscale_p=settings.grayscale_probability,
-        blur_p=settings.blur_probability,
+        **{name: strength * s.color_strength for name, strength in jitter.items()} | own,
+        jitter_p=s.jitter_probability,
+        grayscale_p=s.grayscale_probability,
+        blur_p=s.blur_probability,
         blur_kernel=kernel,
     )
 

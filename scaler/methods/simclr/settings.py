@@ -16,6 +16,10 @@ class SimCLRSettings(PooledSettings):
 
     # Views
     color_strength: float = Field(1.0, ge=0, le=2.5, description="s: jitter of 0.8s, 0.8s, 0.8s and 0.2s")
+    brightness: float | None = Field(None, ge=0, description="jitter; null: 0.8 times color_strength")
+    contrast: float | None = Field(None, ge=0, description="jitter; null: 0.8 times color_strength")
+    saturation: float | None = Field(None, ge=0, description="jitter; null: 0.8 times color_strength")
+    hue: float | None = Field(None, ge=0, le=0.5, description="jitter; null: 0.2 times color_strength")
     jitter_probability: Fraction = 0.8
     grayscale_probability: Fraction = 0.2
     blur_probability: Fraction = 0.5
@@ -32,4 +36,14 @@ class SimCLRSettings(PooledSettings):
     def _check_blur(self) -> SimCLRSettings:
         if self.blur_kernel != "auto" and (self.blur_kernel < 0 or (self.blur_kernel and self.blur_kernel % 2 == 0)):
             raise ValueError(f"blur_kernel {self.blur_kernel} must be odd, so that it has a middle (0: no blur)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_jitter(self) -> SimCLRSettings:
+        strengths = ("brightness", "contrast", "saturation", "hue")
+        if self.color_strength != 1 and all(getattr(self, name) is not None for name in strengths):
+            raise ValueError(
+                f"color_strength {self.color_strength} has no effect where {', '.join(strengths)} are all given; leave "
+                "it out, or one of them"
+            )
         return self

@@ -25,11 +25,16 @@ def test_the_published_views() -> None:
     assert (color.blur_kernel, color.solarize_p) == (23, 0.0)
 
 
-def test_the_articles_views() -> None:
-    settings = Settings(color_strength=0.5, blur_probability=1.0, blur_kernel=23, normalize=False)
-    color = make_color(settings, image_size=96)
-    assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx((0.4, 0.4, 0.4, 0.1))
-    assert (color.blur_p, color.blur_kernel, color.grayscale_p) == (1.0, 23, 0.2)
+def test_strengths_of_single_channels() -> None:
+    color = make_color(Settings(color_strength=0.5, contrast=0.3, hue=0.0), image_size=96)
+    assert (color.brightness, color.contrast, color.saturation, color.hue) == pytest.approx((0.4, 0.3, 0.4, 0.0))
+    own = {"brightness": 0.4, "contrast": 0.3, "saturation": 0.2, "hue": 0.1}
+    color = make_color(Settings(**own), image_size=96)
+    assert {name: getattr(color, name) for name in own} == own
+    with pytest.raises(ValueError, match=r"color_strength 0\.5 has no effect where brightness, .* are all given"):
+        Settings(color_strength=0.5, **own)
+    with pytest.raises(ValueError, match=r"less than or equal to 0\.5"):
+        Settings(hue=0.6)
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(16, 0), (19, 0), (20, 3), (32, 3), (96, 9), (210, 21), (224, 23)])
