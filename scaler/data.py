@@ -169,6 +169,7 @@ class StreamData(TrainingData):
         self._recipe, self._loader = recipe, StreamLoader
         values = list(flatten(recipe.model_dump()))
         values += [("data.stages.until", stage.until) for stage in recipe.data.stages]
+        values += [("schedule.milestones", milestone) for milestone in recipe.schedule.milestones]
         if epochs := [f"{key}={value}" for key, value in values if _is_in_epochs(value)]:
             raise ValueError(
                 "a stream (data.reader) has no epochs, since nobody knows how many images it holds: give "

@@ -131,11 +131,26 @@ class Optim(Section):
 
 
 class Schedule(Section):
-    """Length of the run and the shape of the learning rate: linear warm-up, then cosine to `final_lr`."""
+    """Length of the run and the shape of the learning rate after its linear warm-up."""
 
     total: DurationText
     warmup: DurationText = "0 steps"
+    shape: Literal["cosine", "step", "constant"] = Field(
+        "cosine", description="after the warm-up: a cosine to final_lr, times `factor` at each milestone, or the peak"
+    )
     final_lr: float = Field(0.0, ge=0)
+    milestones: tuple[DurationText, ...] = Field((), description="points of the whole run, for shape step")
+    factor: float = Field(0.1, gt=0, lt=1, description="of the learning rate at each milestone, for shape step")
+
+    @model_validator(mode="after")
+    def _fits_its_shape(self) -> Schedule:
+        readers = {"final_lr": "cosine", "milestones": "step", "factor": "step"}
+        for name, shape in readers.items():
+            if self.shape != shape and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read by shape {shape} and has no effect with {self.shape}; leave it out")
+        if self.shape == "step" and not self.milestones:
+            raise ValueError("shape step needs milestones, for example [30 epochs, 60 epochs]")
+        return self
 
 
 class StrategySettings(Section):

@@ -41,7 +41,7 @@ class Timetable:
         num_samples: images of an epoch; None: nobody knows (a stream), and no duration is in epochs.
 
     Raises:
-        ValueError: stages that do not follow one another.
+        ValueError: stages or milestones that do not follow one another.
     """
 
     def __init__(self, recipe: Recipe, *, num_samples: int | None) -> None:
@@ -55,6 +55,14 @@ class Timetable:
                 f"data.stages end at step {self.stages[-1].start}, but the run at step {self.total} (schedule.total "
                 f"{recipe.schedule.total}), so data.global_batch_size and data.image_size are never reached: shorten "
                 "the stages, or lengthen the run"
+            )
+        self.milestones = tuple(self.steps(text) for text in recipe.schedule.milestones)
+        marks = (min(self.steps(recipe.schedule.warmup), self.total - 1), *self.milestones, self.total)
+        if self.milestones and any(a >= b for a, b in itertools.pairwise(marks)):
+            raise ValueError(
+                f"schedule.milestones {', '.join(recipe.schedule.milestones)} are at steps "
+                f"{', '.join(map(str, self.milestones))}: each must be later than the one before it, the first after "
+                f"the warm-up (step {marks[0]}) and the last before the end (step {self.total})"
             )
 
     def _stages(self) -> Iterator[Stage]:
@@ -116,14 +124,16 @@ class Timetable:
         warmup = min(self.steps(schedule.warmup), total)
         peak = optim.scaled_lr(self.stage(step).global_batch_size)
         decay_end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
-        hyper = {
-            "lr": schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, end=schedule.final_lr),
-            "weight_decay": schedules.cosine(step, total=total, start=optim.weight_decay, end=decay_end),
-        }
+        decay = schedules.cosine(step, total=total, start=optim.weight_decay, end=decay_end)
+        if schedule.shape == "cosine":
+            lr = schedules.warmup_cosine(step, total=total, warmup=warmup, peak=peak, end=schedule.final_lr)
+        else:
+            lr = schedules.warmup_steps(
+                step, warmup=warmup, peak=peak, milestones=self.milestones, factor=schedule.factor
+            )
+        hyper = {"lr": lr, "weight_decay": decay}
         for name, value in method.hyper(step, self.steps).items():
-            if name.endswith(
-                "_lr_scale"
-            ):  # a learning rate of its own for some groups, as a multiple of the common one
+            if name.endswith("_lr_scale"):  # a learning rate of its own for some groups, as a multiple of the common
                 hyper[name.removesuffix("_scale")] = hyper["lr"] * value
             else:
                 hyper[name] = value

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaler.collectives import World
+from scaler.methods.base import Method
 from scaler.recipe import Recipe, load_recipe
 from scaler.timetable import Timetable, batch_sizes
 
 SAMPLES = 1009
+METHOD = Method(None, image_size=1, world=World())  # without scheduled values of its own
 
 
 def recipe(*overrides: str, stages: object = "[]", total: str = "1000 steps") -> Recipe:
@@ -79,9 +83,8 @@ def test_the_learning_rate_follows_the_batch_size_of_the_step():
     ramp = "[{until: 50 steps, global_batch_size: 64}]"
     lr = ("optim.lr=1e-3", "optim.lr_rule=sqrt_1024", "schedule.warmup=10 steps")
     table = timetable("data.global_batch_size=256", *lr, stages=ramp)
-    method = type("Stub", (), {"hyper": lambda self, step, steps: {}})()
-    assert table.hyper(method, 9)["lr"] == pytest.approx(1e-3 * (64 / 1024) ** 0.5)
-    before, after = table.hyper(method, 49)["lr"], table.hyper(method, 50)["lr"]
+    assert table.hyper(METHOD, 9)["lr"] == pytest.approx(1e-3 * (64 / 1024) ** 0.5)
+    before, after = table.hyper(METHOD, 49)["lr"], table.hyper(METHOD, 50)["lr"]
     assert after / before == pytest.approx(2, rel=0.01)
 
 
@@ -103,3 +106,36 @@ def test_stages_that_make_no_sense_are_refused(stages, message):
 def test_a_run_ends_at_stop_after_or_its_total():
     assert timetable("run.stop_after=5 epochs").stop == 79
     assert timetable("run.stop_after=5000 steps").stop == 1000
+
+
+def test_the_shapes_of_the_learning_rate():
+    """Step against torch's scheduler, in epochs, on top of the warm-up; constant keeps the peak."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    table = timetable("schedule.warmup=10 steps", "schedule.shape=step", "schedule.milestones=[2 epochs, 40 steps]",
+                      "schedule.factor=0.3", "optim.lr=0.1", total="60 steps")  # fmt: skip
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[32, 40], gamma=0.3)
+    constant = timetable("schedule.warmup=10 steps", "schedule.shape=constant", "optim.lr=0.1", total="60 steps")
+    for step in range(60):
+        if step >= 10:
+            assert table.hyper(METHOD, step)["lr"] == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+            assert constant.hyper(METHOD, step)["lr"] == 0.1
+        else:
+            assert constant.hyper(METHOD, step)["lr"] == table.hyper(METHOD, step)["lr"] == pytest.approx(step / 90)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.shape=step"], "shape step needs milestones"),
+        (["schedule.milestones=[5 steps]"], "milestones is read by shape step and has no effect with cosine"),
+        (["schedule.shape=constant", "schedule.final_lr=1e-3"], "final_lr is read by shape cosine and has no effect"),
+        (["schedule.shape=step", "schedule.milestones=[30 steps, 1 epochs]"], r"at steps 30, 16: each must be later"),
+        (["schedule.shape=step", "schedule.milestones=[20 steps]"], r"after the warm-up \(step 20\)"),
+        (["schedule.shape=step", "schedule.milestones=[60 steps]"], r"the last before the end \(step 60\)"),
+    ],
+)
+def test_milestones_that_change_nothing_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        timetable(*overrides, "schedule.warmup=20 steps", total="60 steps")
