@@ -66,7 +66,7 @@ class View:
     `random_resized_crop` is torchvision's: an area fraction uniform in `scale`, an aspect ratio log-uniform in `ratio`,
     resized to size x size and mirrored with probability `flip`. `center` has no randomness: the short side is resized
     to size / `crop_fraction` and the middle size x size is cut out (the ends of pictures longer than 8:1 are cut off
-    first).
+    first). `drawn_as` names the view whose random numbers this one shares: the same boxes, at another size.
     """
 
     name: str
@@ -78,6 +78,7 @@ class View:
     interpolation: str = "bicubic"
     kind: str = "random_resized_crop"
     crop_fraction: float = 0.875
+    drawn_as: str = ""
 
     def __post_init__(self) -> None:
         rules = {
@@ -124,7 +125,7 @@ def draw(view: View, *, seed: int, epoch: Key, sample_id: Key) -> NDArray[np.flo
     if view.kind == "center":
         return np.empty((*np.shape(sample_id), view.count, 0))
     epochs, ids = np.asarray(epoch)[..., None], np.asarray(sample_id)[..., None]
-    return keyed_uniform("crop", seed, epochs, ids, view.name, np.arange(view.count), count=_UNIFORMS)
+    return keyed_uniform("crop", seed, epochs, ids, view.drawn_as or view.name, np.arange(view.count), count=_UNIFORMS)
 
 
 def decode_into(

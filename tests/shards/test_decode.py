@@ -209,3 +209,15 @@ def test_wrong_views(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"view 'x': {field} must be") as error:
         View("x", **{"size": 8, field: value})  # type: ignore[arg-type]
     assert repr(value) in str(error.value)
+
+
+def test_a_view_drawn_as_another_has_its_boxes_at_its_own_size() -> None:
+    data = encode(Image.fromarray(make_pixels(400, 300, seed=3)), "PNG")
+    small, large = View("a", 24, count=6), View("b", 48, count=6, drawn_as="a")
+    views = decode.decode_views(data, views=[small, large], seed=1, epoch=2, sample_id=3)
+    assert torch.equal(views["a"], views_of(data, small, seed=1, epoch=2, sample_id=3)["a"])
+    halved = tv.resize(views["b"], [24, 24], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    for a, b in zip(views["a"], halved, strict=True):
+        assert difference(a, b)[0] < 2
+    own = decode.decode_views(data, views=[replace(large, drawn_as="")], seed=1, epoch=2, sample_id=3)
+    assert not torch.equal(own["b"], views["b"])
