@@ -73,6 +73,7 @@ def describe(row: dict[str, Any]) -> str:
     forms = (
         ("epoch", "epoch {:.2f}"),
         ("loss", "loss {:.4f}"),
+        ("val/top1", "top-1 {:.1%}"),
         ("lr", "lr {:.2e}"),
         ("images_per_second", "{:.0f} images/s"),
         ("data_wait", "data wait {:.0%}"),

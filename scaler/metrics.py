@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 _WAIT_LIMIT, _WAIT_ROWS = 0.2, 10  # fraction of time, logged rows in a row
 _GROWTH_LIMIT, _GROWTH_ROWS = 1.1, 50  # factor over so many rows that all rose
+_ALARM_ROWS = 5  # logged rows in a row that show a sign of collapse
+
+Symptoms = Callable[[Mapping[str, float]], Mapping[str, str]]
 
 
 class MetricsLog:
@@ -46,6 +51,7 @@ class MetricsLog:
         track: the recipe's `track` section.
         recipe: the resolved recipe, for trackers that show it.
         supply: what feeds this process, for advice when it waits for data.
+        symptoms: the signs of a collapse that a row shows, by name (`Method.symptoms`).
         console: where people read; default: standard output.
 
     Raises:
@@ -62,6 +68,7 @@ class MetricsLog:
         track: Track,
         recipe: dict[str, Any],
         supply: Supply,
+        symptoms: Symptoms = lambda row: {},
         console: Console | None = None,
     ) -> None:
         self._active = rank == 0
@@ -77,16 +84,22 @@ class MetricsLog:
         self._trackers: list[Tracker] = open_trackers(run_dir, start_step=start_step, track=track, recipe=recipe)
         self._line = ProgressLine(console or Console(), start_step=start_step, total_steps=total_steps)
         self._health = _Health(supply)
+        self._symptoms = symptoms
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step`, to `metrics.jsonl` and hand its numbers to the trackers."""
+        """Append one row, which holds `step`, to `metrics.jsonl` and hand its numbers to the trackers.
+
+        Signs of a collapse are noted in it as `alarm/NAME`; those that stay for some rows are told.
+        """
         if not self._active:
             return
         row = {key: _plain(value) for key, value in row.items()}
+        signs = self._symptoms(row) if row.get("loss") is not None else {}
+        row |= {f"alarm/{name}": 1.0 for name in signs}
         self._write("metrics", [row])
         for tracker in self._trackers:
             tracker.log(row["step"], row)
-        for advice in self._health.check(row):
+        for advice in [*self._health.check(row), *self._health.alarms(signs)]:
             self.note(advice)
 
     def reject(self, step: int, records: list[dict[str, Any]]) -> None:
@@ -220,13 +233,23 @@ def _plain(value: Any) -> Any:
 
 
 class _Health:
-    """Says once, in words, when the run starves or memory keeps growing."""
+    """Says once, in words, when the run starves, memory keeps growing, or a sign of collapse stays."""
 
     def __init__(self, supply: Supply) -> None:
         self._supply = supply
         self._starved: list[dict[str, Any]] = []  # the latest rows, as far as each waited
         self._memory: list[float] = []
         self._said: set[str] = set()
+        self._signs: Counter[str] = Counter()  # rows in a row that show each
+
+    def alarms(self, signs: Mapping[str, str]) -> list[str]:
+        """The sentences of the signs that this row is the last of several to show; one that went and came back too."""
+        self._signs = Counter({name: self._signs[name] + 1 for name in signs})
+        return [
+            f"alarm: {sentence} (seen in {_ALARM_ROWS} logged rows)"
+            for name, sentence in signs.items()
+            if self._signs[name] == _ALARM_ROWS
+        ]
 
     def check(self, row: dict[str, Any]) -> list[str]:
         """Advice that this row gives rise to, if any."""

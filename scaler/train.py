@@ -488,6 +488,10 @@ def announce(
         log.note(line)
     for line in unread_settings(recipe, method):
         log.note(f"warning: {line}")
+    for line in method.advice(
+        num_samples=data.num_samples, global_batch_size=size, steps=timetable.steps, optim=recipe.optim
+    ):
+        log.note(line)
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
 

@@ -67,7 +67,7 @@ def write_recipe(path: Path, method: str, *, shards: Path, **sections: dict[str,
         "run": {"dir": str(path.with_suffix("")), "deterministic": True},
     }  # fmt: skip
     for name, section in sections.items():
-        values[name] = {**values[name], **section}
+        values[name] = {**values.get(name, {}), **section}
     path.write_text(yaml.safe_dump(values))
     return path
 

@@ -27,7 +27,14 @@ QUIET = Track(tensorboard=False)
 
 
 def open_log(
-    run_dir: Path, *, start: int = 0, total: int = 20, track: Track = QUIET, rank: int = 0, terminal: bool = False
+    run_dir: Path,
+    *,
+    start: int = 0,
+    total: int = 20,
+    track: Track = QUIET,
+    rank: int = 0,
+    terminal: bool = False,
+    **options: Any,
 ) -> tuple[MetricsLog, io.StringIO]:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120 if terminal else 60)
@@ -40,6 +47,7 @@ def open_log(
         recipe={"seed": 3},
         supply=Supply(num_workers=1, processes=1, cores=4, remote=False, gpu=False),
         console=console,
+        **options,
     )
     return log, out
 
@@ -231,6 +239,24 @@ def test_memory_follows_allocations() -> None:
     block = torch.ones(2**26)  # a quarter of a GiB, touched
     assert 0.2 < memory_gib(torch.device("cpu")) - before < 0.35
     assert block[0] == 1
+
+
+def test_a_sign_of_collapse_is_in_every_row_and_told_when_it_stays(tmp_path: Path) -> None:
+    log, out = open_log(tmp_path, symptoms=lambda row: {"flat": "nothing moves"} if row["std"] < 0.1 else {})
+    for step, std in enumerate([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5], start=1):
+        log.log({"step": step, "loss": 1.0, "std": std})
+    log.log({"step": 11, "loss": float("nan"), "std": 0.0})  # a step that was not taken says nothing
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.jsonl") if "alarm/flat" in row] == [
+        1,
+        2,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+    ]
+    assert out.getvalue() == "alarm: nothing moves (seen in 5 logged rows)\n"
 
 
 def test_starving_and_growing_runs_are_told_once(tmp_path: Path) -> None:
