@@ -19,6 +19,7 @@ _FREE = (
     "run.max_nonfinite",
     "run.max_rewinds",
     "run.timeout_minutes",
+    "method.weights",  # what the run began with: its checkpoints hold what has become of them
     "data.shards",
     "data.val_shards",
     "data.num_workers",

@@ -49,6 +49,7 @@ from scaler.timetable import Timetable, batch_sizes
 from scaler.validation import Validation
 from scaler.watch import Watch
 from scaler.weights import read_weights
+from scaler.weights import read_weights
 from shards.index import ShardIndex
 
 EXIT_CODES = {
@@ -185,6 +186,7 @@ def attempt(
         method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     for stage in timetable.stages:
         method.views_at(stage.image_size)
+    begun = method.load_weights(read_weights) if source is None else []
     loaded: list[str] = []
     if source is None:
         watch.beat("loading weights")
@@ -248,6 +250,7 @@ def attempt(
             timetable=timetable,
             layouts=layouts,
             started=started,
+            begun=begun,
             source=source,
             progress=progress,
         )
@@ -464,6 +467,7 @@ def announce(
     timetable: Timetable,
     layouts: dict[int, Layout],
     started: int,
+    begun: list[str],
     source: Location | None,
     progress: Progress,
 ) -> None:
@@ -491,6 +495,8 @@ def announce(
     for line in method.advice(
         num_samples=data.num_samples, global_batch_size=size, steps=timetable.steps, optim=recipe.optim
     ):
+        log.note(line)
+    for line in begun:
         log.note(line)
     if source is not None:
         log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
