@@ -98,7 +98,7 @@ def _from_timm(name: str) -> Weights:
     try:
         model: Any = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
         raise ValueError(
             f"timm cannot give the weights of {name} ({type(error).__name__}: {why}); without network, fetch them "
             "elsewhere and name the file"

@@ -1,6 +1,8 @@
-"""A checkpoint made ready to be evaluated: its recipe, its method with its weights, and features from shards.
+"""A model made ready to be evaluated: of a run, of a checkpoint, of timm, or of a file of weights.
 
 model = load_for_evaluation("runs/dinov2", device="cpu")
+model = load_for_evaluation("timm:vit_small_patch14_dinov2", image_size=224)
+model = load_for_evaluation("dinov2_vits14.pth", backbone="vit_small_patch14_dinov2", image_size=224)
 features, labels = model.features(index)
 """
 
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
@@ -18,26 +21,49 @@ from scaler.collectives import World
 from scaler.evals.features import extract_features
 from scaler.evals.knn import knn_accuracy
 from scaler.methods.base import Method
-from scaler.recipe import Recipe, load_recipe, parse_recipe
+from scaler.nn.backbones import Backbone, build_backbone
+from scaler.nn.weights import Normalization, load_backbone_
+from scaler.recipe import load_recipe, parse_recipe
 from scaler.train import build_method
+from scaler.weights import FILES, is_timm, read_weights, timm_config
 from shards.decode import View
 from shards.index import ShardIndex
+from shards.places import Location, locate
+
+
+class BareBackbone(Method):
+    """A backbone without the method that trained it; it has features only."""
+
+    def __init__(self, backbone: Backbone, *, image_size: int, normalization: Any) -> None:
+        super().__init__(None, image_size=image_size, world=World())
+        self.backbone, self.normalization = backbone, normalization
+
+    def features(self, images: Tensor) -> Tensor:
+        """See `Method.features`."""
+        return self.backbone.pooled(images)
 
 
 @dataclass(frozen=True)
 class EvaluationModel:
-    """A method in evaluation mode on its device, with the recipe that made it."""
+    """A method in evaluation mode on its device.
+
+    Attributes:
+        image_size: pixels of the images that it is given.
+        step: of the checkpoint; 0: before training, None: weights from elsewhere.
+        line: which weights those are, for the user.
+    """
 
     method: Method
-    recipe: Recipe
-    step: int  # 0: before training
+    image_size: int
+    step: int | None
     device: torch.device
+    line: str = ""
 
     def features(
         self, index: ShardIndex, *, batch_size: int = 256, num_workers: int = 0, crop_fraction: float = 0.875
     ) -> tuple[Tensor, Tensor]:
-        """Features float32 [N, d] and labels int64 [N] of all samples, from centre crops of the recipe's image size."""
-        view = View("center", self.recipe.data.image_size, kind="center", crop_fraction=crop_fraction)
+        """Features float32 [N, d] and labels int64 [N] of all samples, from centre crops of the model's image size."""
+        view = View("center", self.image_size, kind="center", crop_fraction=crop_fraction)
         return extract_features(
             self.method.features,
             index,
@@ -68,23 +94,89 @@ class EvaluationModel:
 
 
 def load_for_evaluation(
-    path: str | Path, *, device: torch.device | str | None = None, random_init: bool = False
+    source: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    random_init: bool = False,
+    backbone: str | None = None,
+    image_size: int | None = None,
 ) -> EvaluationModel:
-    """The model of a run directory (its newest complete checkpoint) or of one checkpoint, URLs included.
+    """The model of a run (its newest complete checkpoint), of one checkpoint, of timm (`timm:NAME` or a folder of its)
+    or of a file of weights, URLs included.
 
     Args:
         device: None: the first GPU, or the CPU where there is none.
-        random_init: keep the weights that the recipe's seed gives before training; a run needs no checkpoint then.
+        random_init: keep random weights, those that a recipe's seed gives before training; a run needs no checkpoint
+            then.
+        backbone: timm's name of the model that a file of weights is of.
+        image_size: pixels; None: the recipe's, or what timm gives for the model.
 
     Raises:
-        ValueError: neither a run nor a checkpoint, damaged files, another architecture.
+        ValueError: none of these, damaged files, another architecture, an image size on which the model does not run.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if random_init and Path(path, "recipe.yaml").is_file():
-        recipe = load_recipe(str(Path(path, "recipe.yaml")))
+    name = _bare_name(str(source), backbone)
+    step: int | None
+    if name is None:
+        method, step = _of_recipe(source, random_init=random_init)
+        line = ""
     else:
-        folder = resolve_checkpoint(path)
+        method, line = _bare(str(source), name, image_size=image_size, random_init=random_init)
+        step = 0 if random_init else None
+    if image_size is not None and name is None:
+        method.views_at(image_size)  # or it says why not
+    return EvaluationModel(
+        method.eval().to(device), image_size=image_size or method.image_size, step=step, device=device, line=line
+    )
+
+
+def _of_recipe(source: str | Path, *, random_init: bool) -> tuple[Method, int]:
+    """The method of a run or checkpoint, and its step."""
+    if random_init and Path(source, "recipe.yaml").is_file():
+        recipe = load_recipe(str(Path(source, "recipe.yaml")))
+    else:
+        folder = resolve_checkpoint(source)
         recipe = parse_recipe(read_manifest(folder)["recipe"], source=str(folder / "manifest.json"))
     method = build_method(recipe, world=World())
-    step = 0 if random_init else load_method(path, method)["step"]
-    return EvaluationModel(method.eval().to(device), recipe, step=step, device=device)
+    return method, 0 if random_init else load_method(source, method)["step"]
+
+
+def _bare_name(source: str, backbone: str | None) -> str | None:
+    """timm's name of the backbone that a source other than a run or a checkpoint is of; None: it is one of these.
+
+    Raises:
+        ValueError: a backbone is needed and none given, or the other way round.
+    """
+    found: Any = None
+    if is_timm(source):
+        found = source.partition(":")[2] or backbone
+    else:
+        place: Location = locate(source)
+        if place.name.endswith(FILES):
+            found = backbone
+        elif (config := timm_config(place)) is not None:
+            found = backbone or config["architecture"]
+        elif backbone is not None:
+            raise ValueError(f"{source} is a run or a checkpoint, which knows its backbone: leave {backbone} out")
+        else:
+            return None
+    if found is None:
+        raise ValueError(f"{source} does not say what it is of: give the backbone, timm's name of the model")
+    return str(found)
+
+
+def _bare(source: str, name: str, *, image_size: int | None, random_init: bool) -> tuple[Method, str]:
+    """A backbone with weights from elsewhere, and a line that says which."""
+    config = timm.get_pretrained_cfg(name)
+    normalization: Normalization = Method.normalization
+    if config is not None and (is_timm(source) or random_init):
+        normalization = (tuple(config.mean), tuple(config.std))
+    size = image_size or (224 if config is None else config.input_size[-1])
+    torch.manual_seed(0)
+    backbone = build_backbone(name, image_size=size)
+    line = f"random weights of {name}"
+    if not random_init:
+        weights = read_weights(source, backbone=name)
+        normalization = weights.normalization or normalization
+        line = load_backbone_(backbone, weights).line
+    return BareBackbone(backbone, image_size=size, normalization=normalization), line
