@@ -49,7 +49,6 @@ from scaler.timetable import Timetable, batch_sizes
 from scaler.validation import Validation
 from scaler.watch import Watch
 from scaler.weights import read_weights
-from scaler.weights import read_weights
 from shards.index import ShardIndex
 
 EXIT_CODES = {
@@ -186,11 +185,8 @@ def attempt(
         method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
     for stage in timetable.stages:
         method.views_at(stage.image_size)
+    watch.beat("loading weights")
     begun = method.load_weights(read_weights) if source is None else []
-    loaded: list[str] = []
-    if source is None:
-        watch.beat("loading weights")
-        loaded = method.load_weights(read_weights)
     strategy = strategy_class(settings.name)(
         settings, world=world, device=device, clip_norm=recipe.optim.clip_norm, deterministic=recipe.run.deterministic
     )
@@ -239,8 +235,6 @@ def attempt(
     rejections.load(run_dir / "rejected.jsonl")
     watch.beat("starting")
     try:
-        for line in loaded:
-            log.note(line)
         announce(
             log,
             strategy.report(),
