@@ -1,6 +1,6 @@
 """The three losses of DINOv2 (arXiv 2304.07193), as pure functions that run in float64 when they are fed float64.
 
-Shapes: n images, L local crops, K prototypes, T masked tokens, d features.
+Shapes: n images, L local crops, b bottleneck width, K prototypes, T masked tokens, d features.
 """
 
 from __future__ import annotations
@@ -9,50 +9,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher, cross_entropy
 from scaler.nn.precision import at_least_fp32
 
 _DUPLICATE = 1e-6  # unit vectors closer than this are one image twice: at fp32 their difference is rounding
 
 
-def teacher_probabilities(scores: Tensor, *, shift: Tensor, temperature: float) -> Tensor:
-    """softmax(scores / temperature + shift), [..., K]; `shift` [K] comes from Sinkhorn-Knopp or from the centre."""
-    return (at_least_fp32(scores) / temperature + shift).softmax(dim=-1)
-
-
-def cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """-Σ teacher · log softmax(student / temperature) over K; scores [..., K] and probabilities [..., K] → [...]."""
-    return -(teacher * F.log_softmax(at_least_fp32(student) / temperature, dim=-1)).sum(dim=-1)
-
-
-def dino_loss(student_global: Tensor, student_local: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
-    """DINO's loss of each image, [n]: the mean over 2 + 2·L pairs of a student's and a teacher's crop.
+def dino_loss(
+    student: Tensor, prototypes: Tensor, *, teacher: Teacher, temperature: float, tile_elements: int
+) -> CrossEntropy:
+    """DINO's loss (arXiv 2104.14294) with its signals: the mean over images and 2 + 2·L pairs of crops.
 
     Each global crop is compared with the teacher's *other* global crop, each local crop with both.
 
     Args:
-        student_global: scores [2, n, K].
-        student_local: scores [L, n, K], L may be 0.
-        teacher: probabilities [2, n, K].
+        student: bottlenecks [2 + L, n, b], global crops first.
+        prototypes: [K, b].
+        teacher: of the two global crops.
         temperature: of the student.
+        tile_elements: most scores in memory at a time.
     """
-    num_pairs = 2 + 2 * student_local.shape[0]
-    total = cross_entropy(student_global, teacher.flip(0), temperature=temperature).sum(dim=0)
-    if student_local.shape[0]:
-        total = total + cross_entropy(student_local, teacher.sum(dim=0), temperature=temperature).sum(dim=0)
-    return total / num_pairs
+    num_crops, n, _ = student.shape
+    return cross_entropy(
+        student,
+        prototypes,
+        teacher=teacher,
+        partners=[(1,), (0,), *[(0, 1)] * (num_crops - 2)],
+        weights=student.new_full((n,), 1 / (n * (2 + 2 * (num_crops - 2)))),
+        temperature=temperature,
+        tile_elements=tile_elements,
+        signals=True,
+    )
 
 
-def ibot_loss(student: Tensor, teacher: Tensor, *, weights: Tensor, num_crops: int, temperature: float) -> Tensor:
+def ibot_loss(
+    student: Tensor,
+    prototypes: Tensor,
+    *,
+    teacher: Teacher,
+    weights: Tensor,
+    num_crops: int,
+    temperature: float,
+    tile_elements: int,
+) -> Tensor:
     """iBOT's loss (arXiv 2111.07832): cross-entropy on masked tokens, first averaged in each crop, then over crops.
 
     Args:
-        student: scores [T, K] of the masked tokens.
-        teacher: probabilities [T, K] of the same tokens, unmasked.
+        student: bottlenecks [T, b] of the masked tokens; T may be 0.
+        prototypes: [K, b].
+        teacher: of the same tokens, unmasked, as one crop.
         weights: [T], one over the number of masked tokens in the token's crop.
         num_crops: global crops of the batch, those without a mask included.
         temperature: of the student.
+        tile_elements: most scores in memory at a time.
     """
-    return (cross_entropy(student, teacher, temperature=temperature) * weights).sum() / num_crops
+    return cross_entropy(
+        student[None],
+        prototypes,
+        teacher=teacher,
+        partners=[(0,)],
+        weights=weights / num_crops,
+        temperature=temperature,
+        tile_elements=tile_elements,
+    ).loss
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:

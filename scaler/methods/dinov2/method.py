@@ -10,20 +10,19 @@ Shapes: m images, L local crops, T masked tokens, d features, b bottleneck, K pr
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
 from scaler.methods.dinov2 import augment, health, loss
 from scaler.methods.dinov2.network import Network, parameter_groups
+from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from scaler.methods.dinov2.weights import load_centers_, load_heads_
@@ -198,8 +197,9 @@ class DINOv2(Method):
             cls_z, patch_z = self.student.dino_head.bottleneck(cls), self.student.ibot_head.bottleneck(masked)
 
         m = len(crops[0]) // 2
-        dino, entropy, agreement = self._dino(cls_z.view(-1, m, cls_z.shape[-1]), target, hyper)
-        ibot = self._ibot(patch_z, batch["mask_weights"], target, hyper, num_crops=2 * m)
+        (dino, entropy, agreement), ibot = self._losses(
+            cls_z.view(-1, m, cls_z.shape[-1]), patch_z, batch, target, hyper
+        )
         groups = at_least_fp32(outputs[0].cls).view(2, -1, s.group_size, outputs[0].cls.shape[-1])
         koleo = loss.koleo_loss(groups).mean(dim=1).sum()  # mean over groups, sum over the two crops
         total = s.dino_weight * dino + s.ibot_weight * ibot + s.koleo_weight * koleo
@@ -214,52 +214,23 @@ class DINOv2(Method):
         }
         return {"loss": total, "metrics": {name: value.detach() for name, value in metrics.items()}}
 
-    def _dino(self, student_z: Tensor, target: Target, hyper: Hyper) -> tuple[Tensor, Tensor, Tensor]:
-        """DINO loss, entropy of the teacher over log K, and agreement, each a mean over images; student [2+L, m, b]."""
-        s = self.settings
-        teacher_z = target.observation.cls.view(2, -1, student_z.shape[-1])
-        student_prototypes, teacher_prototypes = _prototypes(self.student.dino_head, self.teacher.dino_head)
+    def _losses(
+        self, cls_z: Tensor, patch_z: Tensor, batch: Batch, target: Target, hyper: Hyper
+    ) -> tuple[CrossEntropy, Tensor]:
+        """DINO's loss of student bottlenecks [2 + L, m, b], with its signals, and iBOT's of [T, b]."""
+        s, num_crops = self.settings, len(batch["crops"][0])
+        common = {"temperature": s.student_temperature, "tile_elements": self.tile_elements}
+        prototypes, temperature = self.student.dino_head.prototypes(), hyper["teacher_temperature"]
+        teacher_z, teacher_prototypes = target.observation.cls, self.teacher.dino_head.prototypes()
+        teacher = Teacher(teacher_z.unflatten(0, (2, -1)), teacher_prototypes, target.cls_shift, temperature)
+        dino = loss.dino_loss(cls_z, prototypes, teacher=teacher, **common)
 
-        def tile(student_z: Tensor, teacher_z: Tensor, student_prototypes: Tensor) -> Tensor:
-            teacher = self._probabilities(teacher_z, teacher_prototypes, target.cls_shift, hyper)
-            student = F.linear(student_z, student_prototypes)
-            losses = loss.dino_loss(student[:2], student[2:], teacher, temperature=s.student_temperature)
-            with torch.no_grad():
-                entropy = torch.special.entr(teacher).sum(dim=-1).mean(dim=0) / math.log(s.num_prototypes)
-                agreement = (student[:2].argmax(dim=-1) == teacher.flip(0).argmax(dim=-1)).to(losses.dtype).mean(dim=0)
-            return torch.stack([losses.sum(), entropy.sum(), agreement.sum()])
-
-        m = student_z.shape[1]
-        size = max(1, self.tile_elements // ((len(student_z) + 2) * s.num_prototypes))
-        slices = [slice(i, i + size) for i in range(0, m, size)]
-        arguments = ((student_z[:, rows], teacher_z[:, rows], student_prototypes) for rows in slices)
-        dino, entropy, agreement = (_sum_of_tiles(tile, arguments, num_tiles=len(slices)) / m).unbind()
-        return dino, entropy, agreement
-
-    def _ibot(self, student_z: Tensor, weights: Tensor, target: Target, hyper: Hyper, *, num_crops: int) -> Tensor:
-        """iBOT loss of student bottlenecks [T, b]; T may be 0, and still reaches every parameter."""
-        s = self.settings
-        teacher_z = target.observation.patches
-        student_prototypes, teacher_prototypes = _prototypes(self.student.patch_head, self.teacher.patch_head)
-
-        def tile(student_z: Tensor, teacher_z: Tensor, weights: Tensor, student_prototypes: Tensor) -> Tensor:
-            teacher = self._probabilities(teacher_z, teacher_prototypes, target.patch_shift, hyper)
-            student = F.linear(student_z, student_prototypes)
-            return loss.ibot_loss(
-                student, teacher, weights=weights, num_crops=num_crops, temperature=s.student_temperature
-            )
-
-        size = max(1, self.tile_elements // (2 * s.num_prototypes))
-        slices = [slice(i, i + size) for i in range(0, max(1, len(student_z)), size)]
-        arguments = ((student_z[rows], teacher_z[rows], weights[rows], student_prototypes) for rows in slices)
-        return _sum_of_tiles(tile, arguments, num_tiles=len(slices))
-
-    @torch.no_grad()
-    def _probabilities(self, bottlenecks: Tensor, prototypes: Tensor, shift: Tensor, hyper: Hyper) -> Tensor:
-        """The teacher's probabilities [..., K], in full precision."""
-        with full_precision(bottlenecks):
-            scores = F.linear(bottlenecks, prototypes)
-            return loss.teacher_probabilities(scores, shift=shift, temperature=hyper["teacher_temperature"])
+        if self.student.ibot_head is not None:
+            prototypes, teacher_prototypes = self.student.patch_head.prototypes(), self.teacher.patch_head.prototypes()
+        teacher = Teacher(target.observation.patches[None], teacher_prototypes, target.patch_shift, temperature)
+        weights = batch["mask_weights"]
+        ibot = loss.ibot_loss(patch_z, prototypes, teacher=teacher, weights=weights, num_crops=num_crops, **common)
+        return dino, ibot
 
     @torch.no_grad()
     def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
@@ -318,16 +289,3 @@ def embedding_std(groups: Tensor) -> Tensor:
     """Spread of L2-normalised features [..., n, d] inside their groups: 1 when isotropic, 0 when collapsed."""
     x = F.normalize(groups.detach(), dim=-1)
     return x.std(dim=-2, unbiased=False).mean() * x.shape[-1] ** 0.5
-
-
-def _prototypes(student: DINOHead, teacher: DINOHead) -> tuple[Tensor, Tensor]:
-    return student.prototypes(), teacher.prototypes()
-
-
-def _sum_of_tiles(tile: Callable[..., Tensor], arguments: Iterator[tuple[Tensor, ...]], *, num_tiles: int) -> Tensor:
-    """Σ tile(*arguments); several tiles are recomputed in the backward pass, so that one at a time is in memory."""
-    if num_tiles == 1:
-        return tile(*next(arguments))
-    return torch.stack([checkpoint(tile, *a, use_reentrant=False, preserve_rng_state=False) for a in arguments]).sum(
-        dim=0
-    )

@@ -1,4 +1,4 @@
-"""DINO, iBOT and KoLeo against loops in float64 and against lightly's losses."""
+"""DINO, iBOT and KoLeo against loops in float64, against full scores with autograd, and against lightly's losses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from torch import Tensor
 
-from scaler.methods.dinov2.loss import dino_loss, ibot_loss, koleo_loss, teacher_probabilities
+from scaler.methods.dinov2.loss import dino_loss, ibot_loss, koleo_loss
+from scaler.methods.dinov2.prototypes import Teacher
+
+ALL_AT_ONCE = 1 << 30
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -26,43 +33,60 @@ def probabilities(*shape: int) -> Tensor:
     return (3 * torch.randn(*shape, dtype=torch.float64)).softmax(dim=-1)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_dino_equals_the_double_loop(seed: int) -> None:
+def certain(q: Tensor) -> Teacher:
+    """A teacher whose probabilities are just these [t, n, K]."""
+    k = q.shape[-1]
+    return Teacher(q.log(), torch.eye(k, dtype=q.dtype), torch.zeros(k, dtype=q.dtype), 1.0)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 4), num_local=st.integers(0, 3), k=st.integers(2, 9),
+    budget=st.sampled_from([1, 60, ALL_AT_ONCE]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_dino_equals_the_double_loop(seed: int, n: int, num_local: int, k: int, budget: int) -> None:
     torch.manual_seed(seed)
-    n, num_local, k = 3, seed % 4, 7
-    student = torch.randn(2 + num_local, n, k, dtype=torch.float64)
-    teacher = probabilities(2, n, k)
+    z, prototypes = torch.randn(2 + num_local, n, 5, dtype=torch.float64), torch.randn(k, 5, dtype=torch.float64)
+    q, scores = probabilities(2, n, k), z @ prototypes.T
     terms = [
-        [
-            naive_cross_entropy(student[v, i], teacher[t, i], 0.1)
-            for t in range(2)
-            for v in range(2 + num_local)
-            if v != t
-        ]
+        naive_cross_entropy(scores[v, i], q[t, i], 0.1)
         for i in range(n)
+        for t in range(2)
+        for v in range(2 + num_local)
+        if v != t
     ]
-    assert len(terms[0]) == 2 + 2 * num_local
-    expected = [math.fsum(values) / len(values) for values in terms]
-    actual = dino_loss(student[:2], student[2:], teacher, temperature=0.1)
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0)
+    assert len(terms) == n * (2 + 2 * num_local)
+    actual = dino_loss(z, prototypes, teacher=certain(q), temperature=0.1, tile_elements=budget)
+    assert float(actual.loss) == pytest.approx(math.fsum(terms) / len(terms), rel=1e-10)
+    entropy = math.fsum(-p * math.log(p) for p in q.flatten().tolist()) / (2 * n * math.log(k))
+    assert float(actual.entropy) == pytest.approx(entropy, rel=1e-9)
+    same = [scores[v, i].argmax() == q[1 - v, i].argmax() for v in range(2) for i in range(n)]
+    assert float(actual.agreement) == pytest.approx(sum(map(float, same)) / len(same))
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_dino_equals_lightly_with_gradients(dtype: torch.dtype, rtol: float) -> None:
-    for seed in range(20):
+@PRECISIONS
+def test_dino_equals_lightly_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    for seed in range(50):
         torch.manual_seed(seed)
-        student = torch.randn(10, 6, 64, dtype=dtype, requires_grad=True)
-        scores, center = torch.randn(2, 6, 64, dtype=dtype), 0.1 * torch.randn(64, dtype=dtype)
+        z, prototypes = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((10, 6, 16), (64, 16)))
+        teacher_z, teacher_prototypes = torch.randn(2, 6, 16, dtype=dtype), torch.randn(64, 16, dtype=dtype)
+        center = 0.1 * torch.randn(64, dtype=dtype)
         reference = DINOLoss(output_dim=64, teacher_temp=0.05, student_temp=0.1)
         reference.center = center[None, None].clone()
         # lightly keeps the temperature as an fp32 tensor; 0.0625 is exact in both
-        expected = reference(list(scores), list(student), teacher_temp=0.0625)
-        (expected_grad,) = torch.autograd.grad(expected, student)
-        teacher = teacher_probabilities(scores, shift=-center / 0.0625, temperature=0.0625)
-        actual = dino_loss(student[:2], student[2:], teacher, temperature=0.1).mean()
-        (grad,) = torch.autograd.grad(actual, student)
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
-        torch.testing.assert_close(grad, expected_grad, rtol=100 * rtol, atol=rtol * float(expected_grad.abs().max()))
+        expected = reference(list(teacher_z @ teacher_prototypes.T), list(z @ prototypes.T), teacher_temp=0.0625)
+        expected_gradients = torch.autograd.grad(expected, [z, prototypes])
+        teacher = Teacher(teacher_z, teacher_prototypes, -center / 0.0625, 0.0625)
+        for budget in (ALL_AT_ONCE, 2000):
+            actual = dino_loss(z, prototypes, teacher=teacher, temperature=0.1, tile_elements=budget).loss
+            assert actual.item() == pytest.approx(expected.item(), rel=tolerance)
+            gradients = torch.autograd.grad(actual, [z, prototypes])
+            for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+                assert relative(gradient, wanted) < 10 * tolerance
 
 
 def random_masks(n: int) -> Tensor:
@@ -72,44 +96,60 @@ def random_masks(n: int) -> Tensor:
     return masks
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_ibot_equals_the_double_loop(seed: int) -> None:
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 6), k=st.integers(2, 9), budget=st.sampled_from([1, 60, 10**6]))
+@settings(max_examples=100, deadline=None)
+def test_ibot_equals_the_double_loop(seed: int, n: int, k: int, budget: int) -> None:
     torch.manual_seed(seed)
-    n, k = 5, 7
     masks = random_masks(n).flatten(1)
-    scores, teacher = torch.randn(n, 16, k, dtype=torch.float64), probabilities(n, 16, k)
-    expected = 0.0
+    z, q = torch.randn(n, 16, 5, dtype=torch.float64), probabilities(n, 16, k)
+    prototypes = torch.randn(k, 5, dtype=torch.float64)
+    scores, expected = z @ prototypes.T, []
     for crop in range(n):
         tokens = [j for j in range(16) if masks[crop, j]]
-        if tokens:
-            expected += math.fsum(naive_cross_entropy(scores[crop, j], teacher[crop, j], 0.1) for j in tokens) / len(
-                tokens
-            )
+        losses = [naive_cross_entropy(scores[crop, j], q[crop, j], 0.1) for j in tokens]
+        expected.append(math.fsum(losses) / len(tokens) if tokens else 0.0)
     weights = torch.cat([torch.full((int(c),), 1 / int(c), dtype=torch.float64) for c in masks.sum(dim=1) if c])
-    actual = ibot_loss(scores[masks], teacher[masks], weights=weights, num_crops=n, temperature=0.1)
-    assert float(actual) == pytest.approx(expected / n, rel=1e-10)
+    z, teacher = z[masks].requires_grad_(), certain(q[masks][None])
+    prototypes.requires_grad_()
+    actual = ibot_loss(
+        z, prototypes, teacher=teacher, weights=weights, num_crops=n, temperature=0.1, tile_elements=budget
+    )
+    assert actual.item() == pytest.approx(math.fsum(expected) / n, rel=1e-10)
+    plain = (F.cross_entropy(z @ prototypes.T / 0.1, q[masks], reduction="none") * weights).sum() / n
+    gradients = torch.autograd.grad(actual, [z, prototypes])
+    for gradient, wanted in zip(gradients, torch.autograd.grad(plain, [z, prototypes]), strict=True):
+        assert relative(gradient, wanted) < 1e-10
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_ibot_equals_lightly_with_gradients(dtype: torch.dtype, rtol: float) -> None:
-    for seed in range(20):
+@PRECISIONS
+def test_ibot_equals_lightly_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    for seed in range(50):
         torch.manual_seed(seed)
         masks = random_masks(6)
         total = int(masks.sum())
-        student = torch.randn(total, 64, dtype=dtype, requires_grad=True)
-        scores, center = torch.randn(total, 64, dtype=dtype), 0.1 * torch.randn(64, dtype=dtype)
+        z, prototypes = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((total, 16), (64, 16)))
+        teacher_z, teacher_prototypes = torch.randn(total, 16, dtype=dtype), torch.randn(64, 16, dtype=dtype)
+        center = 0.1 * torch.randn(64, dtype=dtype)
         reference = IBOTPatchLoss(output_dim=64, student_temp=0.1)
         reference.center.center = center[None].clone()
-        expected = reference(scores, student, masks, teacher_temp=0.0625)
-        (expected_grad,) = torch.autograd.grad(expected, student)
+        expected = reference(teacher_z @ teacher_prototypes.T, z @ prototypes.T, masks, teacher_temp=0.0625)
+        expected_gradients = torch.autograd.grad(expected, [z, prototypes])
         counts = masks.sum(dim=(1, 2))
-        weights = (1 / counts.to(dtype)).repeat_interleave(counts)
-        teacher = teacher_probabilities(scores, shift=-center / 0.0625, temperature=0.0625)
-        actual = ibot_loss(student, teacher, weights=weights, num_crops=6, temperature=0.1)
-        (grad,) = torch.autograd.grad(actual, student)
-        # lightly's weights are fp32 whatever it is fed, which limits the agreement in float64 to fp32's rounding
-        torch.testing.assert_close(actual, expected, rtol=max(rtol, 1e-7), atol=0)
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5 * float(expected_grad.abs().max()))
+        tolerance = max(tolerance, 1e-7)  # lightly's weights are fp32 whatever it is fed
+        for budget in (ALL_AT_ONCE, 1000):
+            actual = ibot_loss(
+                z,
+                prototypes,
+                teacher=Teacher(teacher_z[None], teacher_prototypes, -center / 0.0625, 0.0625),
+                weights=(1 / counts.to(dtype)).repeat_interleave(counts),
+                num_crops=6,
+                temperature=0.1,
+                tile_elements=budget,
+            )
+            assert actual.item() == pytest.approx(expected.item(), rel=tolerance)
+            gradients = torch.autograd.grad(actual, [z, prototypes])
+            for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+                assert relative(gradient, wanted) < 10 * tolerance
 
 
 def naive_koleo(features: Tensor) -> float:
@@ -137,16 +177,16 @@ def test_koleo_equals_the_double_loop_in_every_group(seed: int) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_koleo_equals_lightly_with_gradients(dtype: torch.dtype, rtol: float) -> None:
-    for seed in range(20):
+@PRECISIONS
+def test_koleo_equals_lightly_with_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    for seed in range(200):
         torch.manual_seed(seed)
         features = torch.randn(12, 32, dtype=dtype, requires_grad=True)
         expected, actual = KoLeoLoss()(features), koleo_loss(features)
         (expected_grad,) = torch.autograd.grad(expected, features)
         (grad,) = torch.autograd.grad(actual, features)
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
-        torch.testing.assert_close(grad, expected_grad, rtol=100 * rtol, atol=rtol)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(grad, expected_grad, rtol=100 * tolerance, atol=tolerance)
 
 
 def test_koleo_of_duplicates_is_finite_and_moves_only_the_others() -> None:
@@ -177,7 +217,5 @@ def test_koleo_of_one_image_is_zero() -> None:
     assert (koleo_loss(features) == 0).all() and (features.grad == 0).all()
 
 
-def test_half_precision_scores_are_widened() -> None:
-    student, teacher = torch.randn(2, 4, 9).bfloat16(), probabilities(2, 4, 9).float()
-    assert dino_loss(student, student[:0], teacher, temperature=0.1).dtype == torch.float32
+def test_half_precision_features_are_widened() -> None:
     assert koleo_loss(torch.randn(4, 8).bfloat16()).dtype == torch.float32

@@ -8,7 +8,7 @@ from lightly.loss.swav_loss import sinkhorn
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.methods.dinov2.loss import teacher_probabilities
+from scaler.methods.dinov2.prototypes import Teacher
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from tests.distributed.helper import run_distributed
 
@@ -41,7 +41,7 @@ def test_equals_alternating_normalisation(seed: int, num_iterations: int) -> Non
         num_iterations=num_iterations,
         tile_elements=23 * 4,
     )
-    actual = teacher_probabilities(z @ prototypes.T, shift=shift, temperature=0.05)
+    actual = Teacher(z[None], prototypes, shift, 0.05).probabilities()[0]
     torch.testing.assert_close(actual, naive(z @ prototypes.T, 0.05, num_iterations), rtol=1e-10, atol=1e-300)
 
 
@@ -52,7 +52,7 @@ def test_equals_lightly() -> None:
         for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):  # entries span many magnitudes
             scores = (z @ prototypes.T).to(dtype)
             shift = sinkhorn_log_scaling([z.to(dtype)], prototypes.to(dtype), temperature=0.06, world=World())
-            actual = teacher_probabilities(scores, shift=shift, temperature=0.06)
+            actual = Teacher(z[None].to(dtype), prototypes.to(dtype), shift, 0.06).probabilities()[0]
             expected = sinkhorn(scores, iterations=3, epsilon=0.06)
             torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * 1e-2)
 
@@ -62,7 +62,7 @@ def test_huge_scores_stay_finite_where_exponentials_overflow() -> None:
     z, prototypes = unit(20, 8).float(), 400 * unit(12, 8).float()
     assert not torch.exp(z @ prototypes.T / 0.04).isfinite().all()
     shift = sinkhorn_log_scaling([z], prototypes, temperature=0.04, world=World())
-    actual = teacher_probabilities(z @ prototypes.T, shift=shift, temperature=0.04)
+    actual = Teacher(z[None], prototypes, shift, 0.04).probabilities()[0]
     assert actual.isfinite().all()
     torch.testing.assert_close(actual.sum(dim=1), torch.ones(20))
 
