@@ -92,6 +92,14 @@ class Supervised(PooledMethod):
             "keep": None if keep is None else keep.to(images.device, non_blocking=True),
         }
 
+    def advice(self, **facts: Any) -> list[str]:
+        """See `Method.advice`: a frozen backbone should have learned something."""
+        if self.settings.freeze_backbone and self.settings.weights is None:
+            return [
+                "warning: method.freeze_backbone keeps the backbone's random weights: name others in method.weights"
+            ]
+        return []
+
     def grouped(self) -> list[str]:
         """See `PooledMethod.grouped`."""
         return super().grouped() + ["mixing images"] * (self.mixup is not None)
@@ -115,11 +123,11 @@ class Supervised(PooledMethod):
 
     def evaluate(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """See `Method.evaluate`: `top1`, `top5` (of more than 5 classes) and `loss`, the cross-entropy; of the averaged
-        weights if there are any. Labels of padding may be -1.
+        weights if there are any.
         """
         scores = at_least_fp32(self.evaluated("head")(at_least_fp32(self.features(images))))  # [n, c]
         with full_precision(scores):
-            losses = F.cross_entropy(scores, labels.clamp(min=0), reduction="none")
+            losses = F.cross_entropy(scores, labels, reduction="none")
         best = scores.topk(min(5, scores.shape[1]), dim=1).indices
         hits = (best == labels[:, None]).to(scores.dtype)
         found = {"top1": hits[:, 0], "top5": hits.sum(dim=1), "loss": losses}

@@ -1,21 +1,38 @@
-"""Supervised training: its loss and gradient by hand and on every layout, labels, views, optimiser groups, refusals."""
+"""Supervised training: its loss and gradient by hand and on every layout, mixed images, scores, frozen backbones,
+averaged weights, labels, views, optimiser groups, refusals.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scaler.collectives import World
 from scaler.methods.base import Batch
 from scaler.methods.supervised.method import Supervised
-from scaler.optimizers import build_optimizer
-from scaler.recipe import Optim, load_recipe
+from scaler.nn.batch_norm import GlobalBatchNorm
+from scaler.optimizers import build_optimizer, set_hyper
+from scaler.recipe import Optim, StrategySettings, load_recipe
+from scaler.strategies import strategy_class
+from shards.random import keyed_bits
 from tests.distributed.helper import run_distributed
+from tests.long import only_long
 
 SIZE, CLASSES, BATCH = 16, 5, 12
 VIT: dict[str, Any] = {
@@ -122,27 +139,78 @@ def timm_step() -> tuple[dict[str, Tensor], ...]:
     )
 
 
-DROPPING = {**VIT, "drop_path": 0.3, "group_size": 2}
+DROPPING = {**VIT, "drop_path": 0.3, "group_size": 2, "mixup": 0.8, "cutmix": 1.0, "mix_by": "pair"}
 
 
 def test_accumulation_changes_nothing() -> None:
     whole = one_step(World(), DROPPING, 1)
     assert_equal([one_step(World(), DROPPING, k) for k in (2, 3, 6)], whole)
     plain = one_step(World(), VIT, 1)
-    assert abs(float(plain[1]["loss"] - whole[1]["loss"])) > 1e-4, "drop path must drop something"
+    dropping = one_step(World(), {**VIT, "drop_path": 0.3, "group_size": 2}, 1)
+    losses = [float(result[1]["loss"]) for result in (plain, dropping, whole)]
+    assert min(abs(a - b) for a, b in itertools.combinations(losses, 2)) > 1e-4, "each must do something"
 
 
-def several_steps(world: World, jobs: list[tuple[dict[str, Any], int]]) -> list[Any]:
-    return [one_step(world, *job) for job in jobs]
+FINE_TUNING = Optim(name="adamw", lr=3e-3, weight_decay=0.05, layer_decay=0.7)
+PROBE = Optim(name="sgd", lr=0.05)
+RUNS: dict[str, tuple[dict[str, Any], Optim, int]] = {  # settings, optimiser, micro-batches a rank
+    "vit": ({**DROPPING, "backbone_lr_scale": 0.3, "ema": 0.9}, FINE_TUNING, 3),
+    "probe": ({**VIT, "freeze_backbone": True, "ema": 0.9}, PROBE, 3),
+    "cnn": ({"backbone": "test_efficientnet", "ema": 0.9, "group_size": 6, "mixup": 0.5}, FINE_TUNING, 1),
+    "cnn_probe": ({"backbone": "test_resnet", "freeze_backbone": True}, PROBE, 2),
+}
 
 
-def test_ranks_change_nothing() -> None:
-    """Batch norm over all ranks gives timm's own gradients and running statistics of the whole batch."""
+def several_updates(world: World, name: str, settings: dict[str, Any], optim: Optim, k: int) -> list[list[float]]:
+    """Three steps under a strategy: loss, gradient norm, and what `evaluate` finds after each."""
+    torch.manual_seed(0)
+    method = Supervised(Supervised.Settings(num_classes=CLASSES, **settings), image_size=SIZE, world=world)
+    strategy = strategy_class(name)(
+        StrategySettings(name=name, precision="fp32"),
+        world=world, device=torch.device("cpu"), clip_norm=1.0, deterministic=True,
+    )  # fmt: skip
+    strategy.prepare(method, lambda: build_optimizer(optim, method.parameter_groups(optim)))
+    size = BATCH // world.size // k
+    method.check_layout(num_micro_batches=k, micro_batch_size=size)
+    found = []
+    for step in range(3):
+        hyper = {"lr": optim.lr, "weight_decay": optim.weight_decay, **method.hyper(step, int)}
+        set_hyper(strategy.optimizer, hyper)
+        total = torch.zeros(())
+        for i in range(k):
+            start = (world.rank * k + i) * size
+            batch = method.augment(make_batch(range(start, start + size)), seed=1, step=step)
+            with strategy.accumulate(last=i == k - 1):
+                out = strategy("learn", batch, None, hyper)
+                strategy.backward(out["loss"] / k)
+            total += out["metrics"]["loss"] / k
+        result = strategy.step()
+        method.after_step(hyper, strategy.lerp_)
+        method.eval()
+        scores = strategy("evaluate", make_batch(range(BATCH))["views"]["image"][0] / 255, LABELS)
+        method.train()
+        found.append([float(world.sum_(total) / world.size), result.grad_norm, float(scores["loss"].mean())])
+    return found
+
+
+def all_jobs(world: World, names: list[str]) -> list[Any]:
+    gradients = [one_step(world, RESNET, 1), one_step(world, DROPPING, 3)]
+    return [gradients, {(name, run): several_updates(world, name, *RUNS[run]) for name in names for run in RUNS}]
+
+
+@pytest.mark.parametrize("names", [["ddp", "fsdp2"], pytest.param(["zero1", "zero2", "zero3"], marks=only_long)])
+def test_ranks_and_strategies_change_nothing(names: list[str]) -> None:
+    """Batch norm over all ranks gives timm's own gradients and running statistics of the whole batch; mixed images,
+    learning rates by layer, averaged weights and frozen backbones are the same wherever the parameters lie.
+    """
     expected = [timm_step(), one_step(World(), DROPPING, 1)]
     assert_equal([one_step(World(), RESNET, 1)], expected[0])
-    results = run_distributed(several_steps, 2, [(RESNET, 1), (DROPPING, 3)])
-    for i, whole in enumerate(expected):
-        assert_equal([rank[i] for rank in results], whole)
+    updates = {run: several_updates(World(), "ddp", *RUNS[run]) for run in RUNS}
+    for gradients, found in run_distributed(all_jobs, 2, names):
+        for mine, whole in zip(gradients, expected, strict=True):
+            assert_equal([mine], whole)
+        for (name, run), rows in found.items():
+            assert np.array(rows) == pytest.approx(np.array(updates[run]), rel=2e-5), (name, run)
 
 
 def test_mixed_precision_keeps_the_loss_in_fp32() -> None:
@@ -175,6 +243,167 @@ def test_the_first_loss_is_that_of_guessing() -> None:
     method = Supervised(Supervised.Settings(**VIT, num_classes=CLASSES), image_size=SIZE, world=World())
     batch = method.augment(make_batch(range(BATCH)), seed=1, step=0)
     assert method("learn", batch, None, {})["loss"].item() == pytest.approx(np.log(CLASSES), rel=0.02)
+
+
+# ---------------------------------------------------------------------- mixed images, scores, averages, probes
+
+
+@examples(max_examples=100, deadline=None)
+@given(
+    mix_by=st.sampled_from([("group", "batch"), ("pair", "pair"), ("image", "elem")]),
+    alphas=st.sampled_from([(0.8, 0.0), (0.0, 1.0), (0.3, 2.0)]),
+    probability=st.sampled_from([1.0, 0.5]),
+    share=st.sampled_from([0.5, 0.2]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    group_size=st.sampled_from([2, 4, 6, 12]),
+    step=st.integers(0, 2**40),
+)
+def test_mixing_is_timms_in_every_group(mix_by, alphas, probability, share, smoothing, group_size, step) -> None:
+    """Images, targets and the loss of each group are those of timm's Mixup with a generator seeded for that group, in
+    whatever micro-batches the groups come, and numpy's own generator goes on undisturbed.
+    """
+    both = {"cutmix_share": share} if all(alphas) else {}
+    method = mixing_method(
+        mixup=alphas[0], cutmix=alphas[1], mix_by=mix_by[0], mix_probability=probability, group_size=group_size,
+        label_smoothing=smoothing, **both,
+    )  # fmt: skip
+    before = np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
+    whole = method.augment(make_batch(range(BATCH)), seed=3, step=step)
+    parts = [
+        method.augment(make_batch(range(i, i + group_size)), seed=3, step=step) for i in range(0, BATCH, group_size)
+    ]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[union-attr, index]
+    plain = mixing_method().augment(make_batch(range(BATCH)), seed=3, step=step)
+    theirs = Mixup(
+        mixup_alpha=alphas[0], cutmix_alpha=alphas[1], prob=probability, switch_prob=share, mode=mix_by[1],
+        label_smoothing=smoothing, num_classes=CLASSES,
+    )  # fmt: skip
+    scores = torch.randn(BATCH, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    losses = []
+    for group, part in enumerate(parts):
+        rows = slice(group * group_size, (group + 1) * group_size)
+        np.random.seed(int(keyed_bits("mixup", 3, step, group)) >> 32)
+        images, targets = theirs(plain["images"][rows].clone(), LABELS[rows])
+        torch.testing.assert_close(part["images"], images, rtol=0, atol=0)
+        torch.testing.assert_close(whole["images"][rows], images, rtol=0, atol=0)
+        assert whole["targets"][rows].equal(part["targets"])
+        losses.append(SoftTargetCrossEntropy()(scores[rows], targets.double()))
+    loss = F.cross_entropy(scores, whole["targets"].double(), label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)  # timm's targets are fp32
+
+
+@functools.cache
+def mixing_method(**values: Any) -> Supervised:
+    """A method that is not run: only its augmentation is."""
+    return make_method(**{**VIT, "depth": 1}, **values)
+
+
+def test_mixed_images_are_drawn_anew_and_count_by_their_larger_part() -> None:
+    method = mixing_method(mixup=1.0, group_size=2)
+    first, again, later, seeded = (
+        method.augment(make_batch(range(BATCH)), seed=seed, step=step)["targets"]
+        for seed, step in ((1, 0), (1, 0), (1, 1), (2, 0))
+    )
+    assert first.equal(again) and not first.equal(later) and not first.equal(seeded)
+    assert len(first.max(dim=1).values.unique()) == BATCH // 2, "every group draws its own share"
+
+    batch = augmented(method)
+    out = method("learn", batch, None, {})
+    with torch.no_grad():
+        scores = method.head(method.features(batch["images"]))
+    target = batch["targets"].double()
+    assert out["loss"].item() == pytest.approx(F.cross_entropy(scores, target, label_smoothing=0.1).item(), rel=1e-12)
+    hits = (scores.argmax(dim=1) == target.argmax(dim=1)).double().mean()
+    assert float(out["metrics"]["accuracy"]) == pytest.approx(float(hits)) and 0 < hits < 1
+
+
+def test_scores_against_scikit_learns() -> None:
+    for classes in (CLASSES, 9):
+        method = make_method(**VIT, num_classes=classes).eval()
+        images = torch.randn(40, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(40) * 7 % classes
+        with torch.no_grad():
+            found = method("evaluate", images, labels)
+            p = method.head(method.features(images)).softmax(dim=1).numpy()
+        assert all(value.shape == (40,) for value in found.values())
+        names = np.arange(classes)
+        assert found["top1"].mean().item() == top_k_accuracy_score(labels, p, k=1, labels=names)
+        assert found["loss"].mean().item() == pytest.approx(log_loss(labels, p, labels=names), rel=1e-9)
+        if classes > 5:
+            assert found["top5"].mean().item() == top_k_accuracy_score(labels, p, k=5, labels=names)
+            assert 0 < found["top1"].mean() < found["top5"].mean() < 1
+        else:
+            assert found.keys() == {"top1", "loss"}, "the five best of five classes are always right"
+
+
+def lerp_(targets: Any, sources: Any, weight: float) -> None:
+    torch._foreach_lerp_(targets, sources, weight)
+
+
+def test_the_average_follows_and_is_what_is_evaluated() -> None:
+    """Against the recursion written out, for parameters and running statistics, through a state dict and back."""
+    method = make_method(backbone="test_resnet", ema=0.6)
+    assert method.validates and method.average is not None
+    live = {"backbone": method.backbone, "head": method.head}
+    expected = {name: value.clone() for name, value in method.average.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+    momenta = []
+    for step in range(8):
+        method("learn", augmented(method), None, {})["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hyper = method.hyper(step, int)
+        method.after_step(hyper, lerp_)
+        m = min(0.6, (1 + step) / (10 + step))
+        momenta.append(hyper["momentum"])
+        assert hyper["momentum"] == m
+        for key, module in live.items():
+            for name, value in module.state_dict().items():
+                old = expected[f"{key}.{name}"]
+                expected[f"{key}.{name}"] = m * old + (1 - m) * value if value.is_floating_point() else value.clone()
+    assert momenta[0] == 0.1 and momenta[-1] < 0.6, "warm-up"
+    assert method.hyper(99, int)["momentum"] == 0.6
+    torch.testing.assert_close(dict(method.average.state_dict()), expected, rtol=1e-12, atol=1e-12)
+    assert not any(p.requires_grad for p in method.average.parameters()) and not method.train().average["head"].training
+
+    fresh = make_method(backbone="test_resnet", ema=0.6)
+    fresh.load_state_dict(method.state_dict())
+    images = augmented(method)["images"]
+    averaged = make_method(backbone="test_resnet")
+    averaged.load_state_dict(expected)
+    averaged.eval()
+    for model in (method.eval(), fresh.eval()):
+        torch.testing.assert_close(model.features(images), averaged.features(images), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            model.evaluate(images, LABELS)["loss"], averaged.evaluate(images, LABELS)["loss"], rtol=1e-9, atol=1e-12
+        )
+        assert not torch.allclose(model.features(images), model.backbone.pooled(images), rtol=1e-3)
+    assert len(method.blocks()) == 2 * len(averaged.blocks()) and method.blocks()[: len(averaged.blocks())] == (
+        method.backbone.blocks()
+    ), "the trained ones first: they are what activation checkpointing counts"
+
+
+def test_a_frozen_backbone_keeps_its_weights_and_its_statistics() -> None:
+    """The classifier's gradient is that of a linear probe on features of evaluation mode; accumulation is allowed."""
+    method = make_method(**RESNET, freeze_backbone=True, ema=0.9)
+    method.check_layout(num_micro_batches=3, micro_batch_size=4)
+    before = copy.deepcopy(method.backbone.state_dict())
+    names = [name for group in method.parameter_groups(PROBE) for name in group["names"]]
+    assert names == ["head.weight", "head.bias"]
+    for module in method.train().modules():
+        assert not (isinstance(module, GlobalBatchNorm) and module.training)
+    batch = augmented(method)
+    method("learn", batch, None, {})["loss"].backward()
+    assert {name for name, p in method.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+    torch.testing.assert_close(dict(method.backbone.state_dict()), dict(before), rtol=0, atol=0)
+
+    probe = copy.deepcopy(method.head)
+    probe.zero_grad()
+    F.cross_entropy(probe(method.eval().features(batch["images"])), LABELS, label_smoothing=0.1).backward()
+    torch.testing.assert_close(method.head.weight.grad, probe.weight.grad, rtol=1e-12, atol=1e-14)
+    assert method.average is not None and list(method.average) == ["head"], "a frozen backbone is its own average"
+    assert any("freeze_backbone" in line for line in method.advice())
+    assert not make_method(**RESNET).advice()
 
 
 # ---------------------------------------------------------------------- data
@@ -250,11 +479,80 @@ def test_optimiser_groups_by_hand() -> None:
     assert (len(convolutions["names"]), len(rest["names"])) == (20 + 1, 2 * 20 + 1)  # 20 convolutions, each with a norm
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "swin_tiny_patch4_window7_224", "test_efficientnet"])
+def test_layer_decay_is_timms(name: str) -> None:
+    """The same learning rates as timm gives the same model with its own classifier; the head has the full one."""
+    size = 224 if name.startswith("swin") else 32
+    with torch.device("meta"):
+        method = Supervised(
+            Supervised.Settings(backbone=name, num_classes=CLASSES, backbone_lr_scale=0.5),
+            image_size=size,
+            world=World(),
+        )
+        model: Any = timm.create_model(name, num_classes=CLASSES)
+    names = {id(p): key for key, p in model.named_parameters()}
+    groups = param_groups_layer_decay(model, layer_decay=0.7)
+    classifier = f"{model.pretrained_cfg['classifier']}."
+    theirs = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    expected = {
+        key.replace(classifier, "head.") if key.startswith(classifier) else f"backbone.model.{key}": scale
+        if key.startswith(classifier) else 0.5 * scale
+        for key, scale in theirs.items()
+    }  # fmt: skip
+    found = {
+        key: group["lr_scale"]
+        for group in method.parameter_groups(Optim(lr=1.0, layer_decay=0.7))
+        for key in group["names"]
+    }
+    assert found == pytest.approx(expected) and found["head.weight"] == 1.0 and len(set(found.values())) > 4
+
+
+def test_layer_decay_of_a_vit_is_beits() -> None:
+    """Stem decay^(depth + 1), block i decay^(depth - i), final norm and head 1; two rates without it."""
+    method = make_method(**VIT, backbone_lr_scale=0.1)
+    optim = Optim(lr=1.0, layer_decay=0.5, patch_embed_lr_scale=0.2)
+    found = {key: group["lr_scale"] for group in method.parameter_groups(optim) for key in group["names"]}
+    for key, scale in found.items():
+        expected = 1.0 if key.startswith("head.") else 0.1
+        if "blocks." in key:
+            expected *= 0.5 ** (2 - int(key.split(".")[2]))
+        elif key in ("backbone.cls_token", "backbone.pos_embed") or "patch_embed" in key:
+            expected *= 0.5**3 * (0.2 if "patch_embed" in key else 1.0)
+        assert scale == pytest.approx(expected), key
+    by_rate = {g["lr_scale"]: g for g in method.parameter_groups(Optim(lr=1.0)) if g["weight_decay_scale"]}
+    assert set(by_rate) == {0.1, 1.0} and by_rate[1.0]["names"] == ["head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "optim", "message"),
+    [
+        ({"mix_by": "pair"}, {}, "mix_by=pair has no effect without mixup or cutmix"),
+        ({"mixup": 0.8, "cutmix_share": 0.9}, {}, "cutmix_share=0.9 has no effect unless mixup and cutmix are both on"),
+        ({"cutmix": 1.0, "group_size": 3}, {}, "group_size 3 must be even"),
+        ({"freeze_backbone": True, "drop_path": 0.1}, {}, "drop_path=0.1 has no effect with freeze_backbone"),
+        ({"freeze_backbone": True, "backbone_lr_scale": 0.1}, {}, "backbone_lr_scale=0.1 has no effect with freeze"),
+        ({"freeze_backbone": True}, {"layer_decay": 0.9}, "optim.layer_decay=0.9 has no effect: .* no such trained"),
+        (
+            RESNET,
+            {"patch_embed_lr_scale": 0.2},
+            "optim.patch_embed_lr_scale=0.2 has no effect: this resnet18 has no such",
+        ),
+    ],
+)
+def test_settings_that_change_nothing_are_refused(settings: Any, optim: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_method(**{**VIT, **settings} if settings is not RESNET else RESNET).parameter_groups(
+            Optim(lr=1.0, **optim)
+        )
+
+
 def test_layouts_that_would_change_the_loss_are_refused() -> None:
     with pytest.raises(ValueError, match=r"resnet18 has batch norm.*strategy.micro_batch_size to 12"):
         make_method(**RESNET).check_layout(num_micro_batches=3, micro_batch_size=4)
     with pytest.raises(ValueError, match="micro-batch of 6 images does not hold whole groups of 4"):
         make_method(**VIT, drop_path=0.1, group_size=4).check_layout(num_micro_batches=2, micro_batch_size=6)
+    with pytest.raises(ValueError, match="whole groups of 4 images for drop path and mixing images"):
+        make_method(**VIT, drop_path=0.1, mixup=0.2, group_size=4).check_layout(num_micro_batches=2, micro_batch_size=6)
     make_method(**VIT, group_size=4).check_layout(num_micro_batches=2, micro_batch_size=6)
 
 

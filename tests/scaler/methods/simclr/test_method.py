@@ -191,9 +191,15 @@ def test_optimiser_groups() -> None:
     assert any("bn1.weight" in n for n in resnet["names"]) and "head.layers.1.weight" in resnet["names"]
 
 
-def test_layer_decay_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"optim.layer_decay=0.9 has no effect in simclr"):
-        make_method(**VIT).parameter_groups(Optim(lr=1.0, layer_decay=0.9))
+def test_the_backbone_may_have_an_average_and_learning_rates_by_layer() -> None:
+    """As supervised training, whose tests hold the details; the head is not evaluated and so has no average."""
+    method = make_method(**VIT, ema=0.9)
+    assert method.average is not None and list(method.average) == ["backbone"]
+    assert method.evaluated("backbone") is method.average["backbone"] is not method.backbone
+    groups = method.parameter_groups(Optim(lr=1.0, layer_decay=0.5))
+    rates = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert rates["head.layers.0.weight"] == rates["backbone.norm.weight"] == 1.0
+    assert rates["backbone.blocks.0.attn.qkv.weight"] == 0.5 ** len(method.backbone.blocks())
 
 
 def test_settings_shape_the_model() -> None:
