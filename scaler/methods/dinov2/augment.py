@@ -8,6 +8,7 @@ Shapes: m images, L local crops, p patches of a global crop, T masked tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from shards.decode import View
 # probability where the dropping one belongs, which inverts it (facebookresearch/dinov3, pull request 342).
 BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}
 
+GRAM = {"global_1": "gram_1", "global_2": "gram_2"}  # the same crops for the gram teacher, where it sees them larger
+
 
 def make_views(settings: Settings, *, image_size: int, local_size: int | None = None) -> tuple[View, ...]:
     """What the loader cuts from every image; local crops have the settings' size unless another is given."""
@@ -32,6 +35,9 @@ def make_views(settings: Settings, *, image_size: int, local_size: int | None = 
     views = tuple(View(name, image_size, scale=s.global_scale, flip=s.flip) for name in ("global_1", "global_2"))
     if s.num_local_crops:
         views += (View("local", local_size or s.local_size, count=s.num_local_crops, scale=s.local_scale, flip=s.flip),)
+    if s.gram_weight and s.gram_size_factor > 1:
+        larger = s.gram_size_factor * image_size
+        views += tuple(replace(view, name=GRAM[view.name], size=larger, drawn_as=view.name) for view in views[:2])
     return views
 
 
@@ -61,14 +67,18 @@ def color_crops(
 ) -> list[Tensor]:
     """Coloured, normalised crops: [2m, 3, S, S] global ones and, where there are any, [L·m, 3, s, s] local ones."""
     crops: dict[str, list[Tensor]] = {"global": [], "local": []}
-    for view, pixels in batch["views"].items():
-        for copy, images in enumerate(pixels):
-            parameters = sample_color(
-                colors[view], seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=view, copy=copy
-            )
+    for view, color in colors.items():
+        for copy, images in enumerate(batch["views"].get(view, ())):
+            parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=view, copy=copy)
             kind = "local" if view == "local" else "global"
             crops[kind].append(apply_color(images, parameters, mean=mean, std=std))
     return [torch.cat(parts) for parts in crops.values() if parts]
+
+
+def gram_crops(batch: Batch) -> Tensor:
+    """The global crops as the gram teacher sees them, before normalisation: uint8 [2m, 3, f·S, f·S], undistorted."""
+    views = batch["views"]
+    return torch.cat([views.get(larger, views[name])[0] for name, larger in GRAM.items()])
 
 
 def mask_tensors(

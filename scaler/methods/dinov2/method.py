@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
 from scaler.methods.dinov2 import augment, health, loss
+from scaler.methods.dinov2.gram import gram_loss, to_grid
 from scaler.methods.dinov2.network import Network, parameter_groups
 from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
@@ -29,7 +30,7 @@ from scaler.methods.dinov2.weights import load_centers_, load_heads_
 from scaler.nn.backbones import check_image_size
 from scaler.nn.dino_head import DINOHead
 from scaler.nn.precision import at_least_fp32, full_precision
-from scaler.nn.weights import load_backbone_
+from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
 from shards.decode import View
 
@@ -63,6 +64,7 @@ class DINOv2(Method):
         super().__init__(settings, image_size=image_size, world=world)
         self.student = Network(settings, image_size=image_size)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.gram_teacher = copy.deepcopy(self.teacher.backbone) if settings.gram_weight else None
         backbone = self.student.backbone
         if settings.num_local_crops and settings.local_size % backbone.patch_size:
             raise ValueError(
@@ -85,14 +87,26 @@ class DINOv2(Method):
     def load_weights(self, read: ReadWeights) -> list[str]:
         """See `Method.load_weights`: student and teacher start alike, from the source's teacher where it has one."""
         s = self.settings
-        if s.weights is None:
-            return []
-        weights = read(s.weights, backbone=s.backbone)
+        lines = [] if s.weights is None else self._load_networks(read(s.weights, backbone=s.backbone))
+        if self.gram_teacher is None:
+            return lines
+        if s.gram_teacher == "self":
+            self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
+            return lines
+        weights = read(s.gram_teacher, backbone=s.backbone)
+        loaded = load_backbone_(
+            self.gram_teacher, weights, normalization=self.normalization, what="method.gram_teacher"
+        )
+        return [*lines, loaded.line]
+
+    def _load_networks(self, weights: Weights) -> list[str]:
+        s = self.settings
         loaded = load_backbone_(self.student.backbone, weights, normalization=self.normalization)
         fits, line = load_heads_(self.student, weights, backbone_prefix=loaded.prefix)
         lines = [loaded.line, line]
         if fits and s.centering == "softmax":
-            lines.append(load_centers_({"cls": self.cls_center, "patch": self.patch_center}, weights))
+            centers = {kind: self.get_buffer(f"{kind}_center") for kind in ("cls", "patch")}
+            lines.append(load_centers_(centers, weights))
         self.teacher.load_state_dict(self.student.state_dict())
         return lines
 
@@ -100,6 +114,8 @@ class DINOv2(Method):
         """Training mode for the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
+        if self.gram_teacher is not None:
+            self.gram_teacher.eval()
         return self
 
     def check_layout(self, *, num_micro_batches: int, micro_batch_size: int) -> None:
@@ -119,7 +135,8 @@ class DINOv2(Method):
 
         Returns:
             `crops` [2m, 3, S, S] and [L·m, 3, s, s], `keep` rows for drop path or None, `masks` bool [2m, p], `masked`
-            int64 [T], `mask_weights` float32 [T]; all on the device of the views.
+            int64 [T], `mask_weights` float32 [T], and with a gram teacher its pixels `gram` uint8 [2m, 3, f·S, f·S];
+            all on the device of the views.
         """
         (mean, std), patch = self.normalization, self.student.backbone.patch_size
         crops = augment.color_crops(batch, self.colors, seed=seed, mean=mean, std=std)
@@ -139,6 +156,7 @@ class DINOv2(Method):
             "crops": crops,
             "keep": None if keep is None else [rows.to(device, non_blocking=True) for rows in keep],
             **{name: value.to(device, non_blocking=True) for name, value in masks.items()},
+            **({} if self.gram_teacher is None else {"gram": augment.gram_crops(batch)}),
         }
 
     # ------------------------------------------------------------------ one step
@@ -187,6 +205,7 @@ class DINOv2(Method):
     def learn(self, batch: Batch, target: Target, hyper: Hyper) -> dict[str, Any]:
         """See `Method.learn`."""
         s, crops = self.settings, batch["crops"]
+        anchor = self._anchor(batch, hyper)
         masks = [batch["masks"]] + [None] * (len(crops) - 1)
         outputs = self.student.backbone(crops, masks=masks, keep=batch["keep"] if self.training else None)
         masked = outputs[0].patches.flatten(0, 1).index_select(0, batch["masked"])
@@ -203,6 +222,9 @@ class DINOv2(Method):
         groups = at_least_fp32(outputs[0].cls).view(2, -1, s.group_size, outputs[0].cls.shape[-1])
         koleo = loss.koleo_loss(groups).mean(dim=1).sum()  # mean over groups, sum over the two crops
         total = s.dino_weight * dino + s.ibot_weight * ibot + s.koleo_weight * koleo
+        gram = torch.zeros_like(koleo) if anchor is None else gram_loss(outputs[0].patches, anchor)
+        if anchor is not None:
+            total = total + hyper["gram_weight"] * gram
         metrics = {
             "loss": total,
             "loss/dino": dino,
@@ -211,6 +233,7 @@ class DINOv2(Method):
             "embedding_std": embedding_std(groups),
             "prototype_entropy": entropy,
             "agreement": agreement,
+            **({} if self.gram_teacher is None else {"loss/gram": gram}),
         }
         return {"loss": total, "metrics": {name: value.detach() for name, value in metrics.items()}}
 
@@ -233,16 +256,42 @@ class DINOv2(Method):
         return dino, ibot
 
     @torch.no_grad()
+    def _anchor(self, batch: Batch, hyper: Hyper) -> Tensor | None:
+        """The gram teacher's patch features on the student's grid, [2m, p, d]; None while there is no gram loss.
+
+        It runs in every micro-batch's own pass: kept from the observing one, it would take memory for all of them.
+        """
+        if self.gram_teacher is None or not hyper["gram_weight"]:
+            return None
+        images, crops, patch = batch["gram"], batch["crops"][0], self.gram_teacher.patch_size
+        mean, std = (crops.new_tensor(values).view(3, 1, 1) for values in self.normalization)
+        patches = self.gram_teacher([(images.to(crops.dtype) / 255 - mean) / std])[0].patches
+        old, new = ((x.shape[-2] // patch, x.shape[-1] // patch) for x in (images, crops))
+        return to_grid(patches, old=old, new=new)
+
+    @torch.no_grad()
     def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
-        """See `Method.after_step`: the teacher follows the student."""
+        """See `Method.after_step`: the teacher follows the student, and at times the gram teacher the teacher."""
         lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - hyper["momentum"])
+        if self.gram_teacher is not None and hyper["gram_follows"]:
+            lerp_(list(self.gram_teacher.parameters()), list(self.teacher.backbone.parameters()), 1.0)
 
     # ------------------------------------------------------------------ what the loop asks for
 
     def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
-        """See `Method.hyper`: `momentum`, `teacher_temperature`, and `last_layer_lr_scale` (0 while frozen)."""
+        """See `Method.hyper`: `momentum`, `teacher_temperature`, `last_layer_lr_scale` (0 while frozen), and with a
+        gram teacher `gram_weight` (0 before its start) and `gram_follows` (1 where it takes the teacher's weights).
+        """
         s = self.settings
+        gram: Hyper = {}
+        if s.gram_weight:
+            start, after = steps(s.gram_start), step + 1
+            again = s.gram_refresh is not None and (after - start) % steps(s.gram_refresh) == 0
+            # Until its start it follows all the time, so that a step that is not taken does not leave it behind.
+            follows = s.gram_teacher == "self" and (after <= start or again)
+            gram = {"gram_weight": s.gram_weight if step >= start else 0.0, "gram_follows": float(follows)}
         return {
+            **gram,
             "momentum": cosine(step, total=steps("total"), start=s.momentum, end=s.momentum_end),
             "teacher_temperature": linear(
                 step,
@@ -277,8 +326,9 @@ class DINOv2(Method):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """See `Method.blocks`: the student's blocks, then the teacher's."""
-        return self.student.backbone.blocks() + self.teacher.backbone.blocks()
+        """See `Method.blocks`: the student's blocks, then the teachers'."""
+        backbones = [self.student.backbone, self.teacher.backbone, self.gram_teacher]
+        return [block for backbone in backbones if backbone is not None for block in backbone.blocks()]
 
     def features(self, images: Tensor) -> Tensor:
         """See `Method.features`: the teacher's class token after the final norm."""

@@ -90,6 +90,17 @@ class Settings(BaseModel):
     centering: Literal["sinkhorn", "softmax"] = "sinkhorn"
     center_momentum: float = Field(0.9, ge=0, lt=1, description="of the centre, with softmax centring")
 
+    # Gram anchoring (DINOv3): patch similarities stay as an earlier teacher had them
+    gram_weight: float = Field(0.0, ge=0, description="of the loss; 0: none")
+    gram_teacher: str = Field(
+        "self", description="self: this run's own teacher, as it is at gram_start; else weights, as method.weights"
+    )
+    gram_start: DurationText = Field("0 steps", description="when the loss sets in")
+    gram_refresh: DurationText | None = Field(
+        None, description="with self: take the teacher anew each time this much has passed; null: never"
+    )
+    gram_size_factor: int = Field(1, ge=1, description="the gram teacher sees the global crops so many times as large")
+
     # Teacher and head schedules
     momentum: Fraction = 0.992
     momentum_end: Fraction = 1.0
@@ -103,4 +114,22 @@ class Settings(BaseModel):
                 raise ValueError(f"{name} is [low, high], got [{low}, {high}]: swap them")
         if self.blur_kernel and self.blur_kernel % 2 == 0:
             raise ValueError(f"blur_kernel {self.blur_kernel} must be odd, so that it has a middle (0: no blur)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gram(self) -> Settings:
+        fields = type(self).model_fields
+        names = ("gram_teacher", "gram_start", "gram_refresh", "gram_size_factor")
+        set_ = [name for name in names if getattr(self, name) != fields[name].default]
+        if set_ and not self.gram_weight:
+            raise ValueError(f"{', '.join(set_)}: without effect while gram_weight is 0; set it (published: 2)")
+        if self.gram_teacher != "self" and self.gram_refresh:
+            raise ValueError("gram_refresh takes this run's teacher anew; leave it out, or set gram_teacher to self")
+        if self.gram_refresh is not None and not Duration.parse(self.gram_refresh).amount:
+            raise ValueError(f"gram_refresh {self.gram_refresh} is no time; leave it out to take the teacher once")
+        if self.gram_weight and self.gram_teacher == "self" and self.weights is None and self.gram_start == "0 steps":
+            raise ValueError(
+                "the gram teacher would be the random initial one; set gram_start to a later step, weights to start "
+                "from, or gram_teacher to the weights of an earlier teacher"
+            )
         return self

@@ -29,7 +29,7 @@ def losses(world: World, name: str, changes: dict[str, Any], settings: dict[str,
     per_rank = 16 // world.size
     start, rows = per_rank * world.rank, []
     for step in range(STEPS):
-        hyper = {"momentum": 0.9, "teacher_temperature": 0.06}
+        hyper = {"momentum": 0.9, "teacher_temperature": 0.06, "gram_weight": 2.0, "gram_follows": float(step == 2)}
         lr = 2e-3
         set_hyper(strategy.optimizer, {"lr": lr, "last_layer_lr": lr if step else 0.0, "weight_decay": 0.1})
         batches = micro_batches(method, list(range(start, start + per_rank + 1, 4)), step=step)
@@ -54,6 +54,22 @@ def test_ddp_and_fsdp2_follow_one_process(centering: str) -> None:
     assert expected[0] != expected[-2]
     for name, settings in (("ddp", {}), ("fsdp2", {"activation_checkpointing": "blocks"})):
         for actual in run_distributed(losses, 2, name, changes, settings):
+            assert actual == pytest.approx(expected, rel=1e-4)
+
+
+GRAM = {"gram_weight": 2.0, "gram_start": "1 steps", "gram_size_factor": 2}
+
+
+def many(world: World, runs: list[tuple[str, dict[str, Any]]]) -> list[list[float]]:
+    return [losses(world, name, GRAM, settings) for name, settings in runs]
+
+
+def test_gram_anchoring_follows_one_process_also_where_its_teacher_is_cut() -> None:
+    expected = losses(World(), "ddp", GRAM, {})
+    assert expected != losses(World(), "ddp", {}, {})
+    runs = [(name, {"activation_checkpointing": "blocks"}) for name in ("fsdp2", "zero3")]
+    for curves in run_distributed(many, 2, runs):
+        for actual in curves:
             assert actual == pytest.approx(expected, rel=1e-4)
 
 
