@@ -108,7 +108,8 @@ def load_backbone_(
             f"warning: it learned from pixels normalised by {weights.normalization}, and gets them normalised by "
             f"{normalization}"
         )
-    line = f"{what}: {len(values)} tensors from {weights.place}" + (f" ({prefix}*)" if prefix else "")
+    count = sum(name in inside for name in values) if vit else len(values)
+    line = f"{what}: {count} tensors from {weights.place}" + (f" ({prefix}*)" if prefix else "")
     return Loaded(prefix, "; ".join([line, *notes]))
 
 
