@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +24,11 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from scaler.announce import announce
 from scaler.checkpoint import Checkpointer, Location, load_pieces, locate, read_manifest
 from scaler.collectives import World
 from scaler.data import TrainingData, open_data
 from scaler.layout import Layout, batch_layout, elastic_layouts
-from scaler.lock import hold
 from scaler.loop import NonFinite, Plan, Progress, train
 from scaler.methods import method_class
 from scaler.methods.base import Method
@@ -39,6 +37,7 @@ from scaler.optimizers import build_optimizer
 from scaler.recipe import Recipe, StrategySettings, load_recipe
 from scaler.rejections import Rejections
 from scaler.resume import check_continues
+from scaler.run_directory import run_directory, write_exit
 from scaler.signals import StopSignals
 from scaler.strategies import Strategy, strategy_class
 from scaler.strategies.fsdp2 import shard_width
@@ -58,7 +57,6 @@ EXIT_CODES = {
     "signal": 75,
     "error": 1,
 }  # 75 is EX_TEMPFAIL of sysexits.h: try again later
-_LET_RANK_0_SPEAK = 5.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -305,40 +303,6 @@ def build_method(recipe: Recipe, *, world: World) -> Method:
 
 
 @contextlib.contextmanager
-def run_directory(run_dir: Path, *, rank: int) -> Iterator[None]:
-    """Rank 0 has the run directory to itself; if the run fails, exit.json says why.
-
-    A user's error usually strikes all ranks, and the launcher ends all as soon as one has ended, so the others let rank
-    0 speak first. An error of another kind on another rank is most often a peer that is gone, which is not the reason.
-
-    Raises:
-        ValueError: another run writes there.
-    """
-    path = run_dir / "exit.json"
-    with hold(run_dir) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            path.unlink(missing_ok=True)  # of an earlier start
-        try:
-            yield
-        except Exception as error:
-            if rank == 0 or isinstance(error, ValueError):
-                deadline = time.monotonic() + (_LET_RANK_0_SPEAK if rank else 0)
-                while not path.exists() and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                if not path.exists():
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    write_exit(run_dir, reason="error", error=reason)
-            raise
-
-
-def write_exit(run_dir: Path, *, reason: str, **more: Any) -> None:
-    """RUN/exit.json: why the run ended, and whether to start it again."""
-    state = {"reason": reason, "requeue": reason == "signal", **more}
-    with contextlib.suppress(FileNotFoundError):  # a rank that cannot see the run directory
-        (run_dir / "exit.json").write_text(json.dumps(state) + "\n")
-
-
-@contextlib.contextmanager
 def said_where(watch: Watch) -> Iterator[None]:
     """What goes wrong without being the user's mistake (a peer that is gone) says on which rank and in which phase."""
     try:
@@ -449,59 +413,6 @@ def resolved_recipe(recipe: Recipe, *, shards: str, settings: StrategySettings) 
         place = locate(recipe.checkpoint.dir)
         values["checkpoint"]["dir"] = str(place.resolve() if isinstance(place, Path) else place)
     return values
-
-
-def announce(
-    log: MetricsLog,
-    report: dict[str, Any],
-    *,
-    recipe: Recipe,
-    method: Method,
-    data: TrainingData,
-    timetable: Timetable,
-    layouts: dict[int, Layout],
-    started: int,
-    begun: list[str],
-    source: Location | None,
-    progress: Progress,
-) -> None:
-    """Print what was really engaged, and what the user should know of it."""
-    log.note("engaged: " + ", ".join(f"{key} {value}" for key, value in report.items()))
-    size, images, epochs = recipe.data.global_batch_size, "a stream of images", ""
-    if data.num_samples is not None:
-        images = f"{data.num_samples} images"
-        epochs = f" ({timetable.images(timetable.total) / data.num_samples:.2f} epochs)"
-    layout = layouts[size]
-    log.note(
-        f"{recipe.method.name}: {images}, global batch {size} = "
-        f"{layout.ranks} ranks × {layout.num_micro_batches} micro-batches × {layout.micro_batch_size}, "
-        f"{timetable.total} steps{epochs}, in {recipe.run.dir}"
-    )
-    if stages := timetable.describe():
-        log.note(stages)
-    if started > layout.ranks:
-        idle = started - layout.ranks
-        log.note(f"{layout.ranks} of {started} ranks train, {idle} idle: the batch can be laid over no more of them")
-    for line in data.notes(layout=layout, resumes=source is not None):
-        log.note(line)
-    for line in unread_settings(recipe, method):
-        log.note(f"warning: {line}")
-    for line in method.advice(
-        num_samples=data.num_samples, global_batch_size=size, steps=timetable.steps, optim=recipe.optim
-    ):
-        log.note(line)
-    for line in begun:
-        log.note(line)
-    if source is not None:
-        log.note(f"resuming from {source}: step {progress.step}, {progress.images} images seen")
-
-
-def unread_settings(recipe: Recipe, method: Method) -> Iterator[str]:
-    """What the recipe says about evaluation that nothing reads."""
-    if recipe.data.val_shards is not None and not method.validates:
-        yield f"data.val_shards is set, without effect: {recipe.method.name} has no labels; use scaler eval knn"
-    elif recipe.data.val_shards is None and recipe.evaluate != type(recipe.evaluate)():
-        yield "the section evaluate is set, without effect: data.val_shards names no images to score"
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from scaler.batches import run_batch
 from scaler.checkpoint import complete_checkpoints
 from scaler.evals.checkpoints import load_for_evaluation
 from scaler.evals.features import normalized
@@ -167,3 +168,5 @@ def test_a_run_of_stages_is_the_same_in_parts(shards, tmp_path, capfd):
     table = rows(tmp_path / "whole")
     assert [row["images"] for row in table] == [8, 16, 24, 36, 48, 72, 96]
     assert rows(tmp_path / "parts") == table
+    batch = run_batch(tmp_path / "whole", step=5)
+    assert (batch.first_image, len(batch.keys()), batch.stage.image_size) == (36, 12, 32)
