@@ -48,6 +48,10 @@ class PooledSettings(BaseModel):
     depth: int | None = Field(None, gt=0, description="ViTs: number of blocks; null: the backbone's own")
     embed_dim: int | None = Field(None, gt=0, description="ViTs: width; null: the backbone's own")
     num_heads: int | None = Field(None, gt=0, description="ViTs: attention heads; null: the backbone's own")
+    layer_scale: float | None = Field(
+        None, gt=0, description="ViTs: LayerScale's initial value; null: the backbone's own"
+    )
+    registers: int = Field(0, ge=0, description="ViTs: register tokens")
     initial_weights: Literal["published", "fan_in", "moco_v3"] = Field(
         "published", description="ViTs: DINOv2's, their relatives for narrow models, or MoCo-v3's (q, k, v separate)"
     )
@@ -244,6 +248,8 @@ def make_backbone(settings: PooledSettings, *, image_size: int) -> Backbone:
         settings.backbone,
         image_size=image_size,
         drop_path=settings.drop_path,
+        layer_scale=settings.layer_scale,
+        registers=settings.registers,
         patch_size=settings.patch_size,
         initial_weights="fan_in" if settings.initial_weights == "fan_in" else "published",
         depth=settings.depth,

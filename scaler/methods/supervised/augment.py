@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from scaler.methods.base import Batch
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.color import Color, apply_color, sample_color
 from shards.decode import View
+from shards.random import keyed_bits
 
 VIEW = "image"
 
@@ -35,6 +39,21 @@ def color_view(batch: Batch, color: Color, *, seed: int, mean: tuple[float, ...]
     """Loader batch of m images → coloured and normalised float32 [m, 3, size, size]."""
     parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=VIEW, copy=0)
     return apply_color(batch["views"][VIEW][0], parameters, mean=mean, std=std)
+
+
+def erase_(images: Tensor, batch: Batch, *, probability: float, seed: int) -> None:
+    """Zero a rectangle of each of these images [m, 3, h, w], with this probability (Zhong et al., arXiv 1708.04896).
+
+    By timm, whose draws come from Python's global generator, seeded for each sample meanwhile.
+    """
+    erasing = RandomErasing(probability, mode="const", device=images.device)
+    before = random.getstate()
+    for image, bits in zip(
+        images, keyed_bits("erase", seed, batch["epochs"].numpy(), batch["ids"].numpy()), strict=True
+    ):
+        random.seed(int(bits))
+        erasing(image)
+    random.setstate(before)
 
 
 def check_labels(labels: Tensor, ids: Tensor, *, num_classes: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper
 from scaler.methods.pooled import PooledMethod
-from scaler.methods.supervised.augment import check_labels, color_view, make_color, make_views
+from scaler.methods.supervised.augment import check_labels, color_view, erase_, make_color, make_views
 from scaler.methods.supervised.mixing import make_mixup, mix_
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.precision import at_least_fp32, full_precision
@@ -82,6 +82,8 @@ class Supervised(PooledMethod):
         check_labels(labels, batch["ids"], num_classes=self.settings.num_classes)
         images = color_view(batch, self.color, seed=seed, mean=mean, std=std)
         targets = labels.to(images.device, non_blocking=True)
+        if self.settings.erase_probability:
+            erase_(images, batch, probability=self.settings.erase_probability, seed=seed)
         if self.mixup is not None:
             where = {"positions": batch["positions"], "group_size": self.settings.group_size}
             targets = mix_(self.mixup, images, targets, **where, seed=seed, step=step)

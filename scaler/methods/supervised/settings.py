@@ -18,6 +18,7 @@ class SupervisedSettings(PooledSettings):
     color_jitter: float = Field(0.0, ge=0, le=1, description="brightness, contrast, saturation: factors in 1 ± this")
     hue: float = Field(0.0, ge=0, le=0.5, description="turns of the colour circle, either way")
     grayscale_probability: Fraction = 0.0
+    erase_probability: Fraction = Field(0.0, description="share of images that lose a random rectangle")
 
     # Images mixed with one another, in groups of `group_size`
     mixup: float = Field(0.0, ge=0, description="shares are drawn from Beta(this, this); 0: no mixup")

@@ -442,11 +442,15 @@ def test_the_view_and_its_colours() -> None:
     torch.testing.assert_close(plain["images"], (pixels / 255 - mean) / std)
     assert plain["targets"].equal(LABELS) and plain["keep"] is None
 
-    for settings in ({"color_jitter": 0.4}, {"hue": 0.1}, {"grayscale_probability": 0.5}):
+    some = ({"grayscale_probability": 0.5}, {"erase_probability": 0.5})
+    for settings in ({"color_jitter": 0.4}, {"hue": 0.1}, {"erase_probability": 1.0}, *some):
         method = make_method(**VIT, **settings)
         images = method.augment(make_batch(range(BATCH)), seed=1, step=0)["images"]
         changed = (images != plain["images"]).flatten(1).any(dim=1)
-        assert (0 < changed.sum() < BATCH) if "grayscale_probability" in settings else changed.all()
+        assert (0 < changed.sum() < BATCH) if settings in some else changed.all()
+        if settings == {"erase_probability": 1.0}:
+            area = (images == 0).all(dim=1).double().mean(dim=(1, 2))
+            assert (images[images != 0] == plain["images"][images != 0]).all() and (area > 0).all() and area.max() < 0.4
         part = method.augment(make_batch(range(4, 8)), seed=1, step=3)["images"]
         torch.testing.assert_close(part, images[4:8])  # keyed by sample: neither layout nor step counts
         assert not images.equal(method.augment(make_batch(range(BATCH)), seed=2, step=0)["images"])
@@ -562,6 +566,8 @@ def test_settings_shape_the_model() -> None:
     assert method.features(torch.zeros(2, 3, SIZE, SIZE).double()).shape == (2, 512)
     assert method.backbone.model.conv1.stride == (1, 1)  # type: ignore[union-attr]
     assert len(make_method(**{**VIT, "depth": 3}).blocks()) == 3
+    vit: Any = make_method(**VIT, layer_scale=0.01, registers=3).backbone  # as DINOv2 trains them
+    assert vit.reg_token.shape == (1, 3, 24) and vit.blocks[0].ls1.gamma[0].item() == pytest.approx(0.01)
     with pytest.raises(ValueError, match=r"method\.num_classes is missing and has no default"):
         load_recipe("dinov2/demo", overrides=["method={name: supervised}"])
 
@@ -571,7 +577,25 @@ def test_the_recipes() -> None:
     optim = recipe.optim
     assert (optim.name, optim.momentum, optim.weight_decay, optim.scaled_lr(256)) == ("sgd", 0.9, 1e-4, 0.1)
     assert (recipe.schedule.total, recipe.data.image_size, recipe.method.num_classes) == ("90 epochs", 224, 1000)
-    for name in ("resnet50_in1k", "demo"):
-        recipe = load_recipe(f"supervised/{name}")
+    steps = load_recipe(
+        "supervised/resnet50_in1k", overrides=["schedule.shape=step", "schedule.milestones=[30 epochs, 60 epochs]"]
+    ).schedule
+    assert (steps.shape, steps.milestones, steps.factor) == ("step", ("30 epochs", "60 epochs"), 0.1)
+    vit = load_recipe("supervised/vitb16_finetune")
+    assert (vit.method.mixup, vit.method.cutmix, vit.method.erase_probability, vit.method.drop_path) == (
+        0.8,
+        1,
+        0.25,
+        0.1,
+    )
+    assert (vit.optim.layer_decay, vit.optim.scaled_lr(1024), vit.optim.weight_decay) == (0.65, 2e-3, 0.05)
+    article = load_recipe("supervised/resnet50_finetune")
+    assert (article.optim.lr, article.optim.lr * article.method.backbone_lr_scale) == pytest.approx((1e-3, 1e-5))
+    overrides = ["method.freeze_backbone=true", "method.backbone_lr_scale=1.0", "method.ema=null"]
+    probe = load_recipe("supervised/resnet50_finetune", overrides=overrides)
+    shallow = load_recipe("supervised/vitb16_finetune", overrides=["method.depth=1"])
+    for recipe in (article, probe, shallow, load_recipe("supervised/demo")):
         method = Supervised(recipe.method, image_size=recipe.data.image_size, world=World())
-        method.check_layout(num_micro_batches=1, micro_batch_size=recipe.data.global_batch_size)
+        micro = recipe.strategy.micro_batch_size or recipe.data.global_batch_size
+        method.check_layout(num_micro_batches=recipe.data.global_batch_size // micro, micro_batch_size=micro)
+        assert method.parameter_groups(recipe.optim)
