@@ -76,6 +76,15 @@ class PooledSettings(BaseModel):
             raise ValueError(f"crop_scale is [low, high] with 0 < low <= high, got {list(self.crop_scale)}")
         return self
 
+    @model_validator(mode="after")
+    def _check_weights(self) -> PooledSettings:
+        if self.weights is not None and self.initial_weights != "published":
+            raise ValueError(
+                f"initial_weights={self.initial_weights} has no effect with weights, from which the whole backbone "
+                "comes; leave it out"
+            )
+        return self
+
 
 class PooledMethod(Method):
     """The backbone with batch norm over all ranks, its drop path, the average of weights, and the optimiser's groups.
@@ -109,7 +118,8 @@ class PooledMethod(Method):
         average = self.evaluated("backbone")
         if average is not self.backbone:
             average.load_state_dict(self.backbone.state_dict())
-        return [loaded.line]
+        fixed = "; the positions are the weights' own, and stay fixed" if s.sincos_positions else ""
+        return [loaded.line + fixed]
 
     def evaluated(self, name: str) -> Any:
         """The module of this name that is evaluated: its average if there is one."""
