@@ -79,7 +79,9 @@ def build_backbone(
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         overrides = {"img_size": image_size, **overrides}
-    model = _create(name, drop_path_rate=drop_path, **overrides)
+    if drop_path:  # which some models do not know of
+        overrides = {"drop_path_rate": drop_path, **overrides}
+    model = _create(name, **overrides)
     return TimmBackbone(model, drop_path=drop_path, fixed_size=config is not None and config.fixed_input_size)
 
 

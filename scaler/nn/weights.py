@@ -157,8 +157,10 @@ def _heads(names: Iterable[str], target: Mapping[str, Tensor], module: Any, *, v
         parts = _VIT_PARTS | {name.partition(".")[0] for name in target}
         return {name for name in names if name.partition(".")[0] not in parts}
     classifiers = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
-    prefixes = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    return {name for name in names if name.startswith(prefixes) and name not in target} if prefixes else set()
+    known = [classifiers] if isinstance(classifiers, str) else list(classifiers)
+    # A head that is gone as a whole may hold more than its classifier.
+    known += {c.partition(".")[0] for c in known} - {n.partition(".")[0] for n in target}
+    return {n for n in names if n.startswith(tuple(f"{c}." for c in known)) and n not in target}
 
 
 def _fit_timm(values: dict[str, Tensor], target: Mapping[str, Tensor], model: Any) -> list[str]:

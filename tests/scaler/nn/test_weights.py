@@ -81,6 +81,8 @@ def test_timms_dinov2_models_give_timms_features_on_another_grid(name: str) -> N
     [
         ("test_resnet", 32, {}),
         ("test_convnext", 32, {}),
+        ("densenet121", 32, {"growth_rate": 4, "block_config": (1, 1, 1, 1)}),  # which knows of no drop path
+        ("levit_128s", 224, {}),  # whose classifier has a norm of its own
         ("test_efficientnet", 32, {}),  # whose blocks are numbered like chunks of DINOv2's
         ("swin_tiny_patch4_window7_224", 64, {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}),
     ],
