@@ -71,7 +71,7 @@ def downloads(server: Nginx, index: ShardIndex) -> Counter[str]:
     return Counter(name for name, sent in names if sizes.get(name) == sent)
 
 
-@pytest.mark.parametrize("kind", ["http", "s3"])
+@pytest.mark.parametrize("kind", ["http", pytest.param("s3", marks=only_long)])
 def test_each_node_fetches_each_shard_once(folder: Path, tmp_path: Path, kind: str) -> None:
     index, caches = ShardIndex.load(folder), [tmp_path / "node0", tmp_path / "node1"]
     with served(folder, kind) as (server, url):

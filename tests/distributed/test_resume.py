@@ -80,7 +80,11 @@ def wait_for_moment(run_dir: Path, process: subprocess.Popen, *, step: int, in_s
 
 @pytest.mark.parametrize(
     ("method", "ranks", "strategy"),
-    [("dinov2", 1, "ddp"), pytest.param("simclr", 2, "ddp", marks=only_long), ("dinov2", 2, "fsdp2")],
+    [
+        pytest.param("dinov2", 1, "ddp", marks=only_long),
+        pytest.param("simclr", 2, "ddp", marks=only_long),
+        ("dinov2", 2, "fsdp2"),
+    ],
 )
 def test_killed_runs_end_bit_identical(shards, tmp_path, method, ranks, strategy):
     unbroken = recipe_for(tmp_path, "unbroken", method, shards)

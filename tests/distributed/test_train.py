@@ -54,7 +54,7 @@ def test_curves_agree(curves, shards, tmp_path, method, layout, ranks, variant, 
     assert difference < TOLERANCE["fp32"], (column, step)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", pytest.param("zero2", marks=only_long), "zero3"])
 def test_bf16_follows_the_curve(curves, shards, tmp_path, layout):
     extra = ["strategy.precision=bf16"]
     got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), *extra)
@@ -62,7 +62,7 @@ def test_bf16_follows_the_curve(curves, shards, tmp_path, layout):
     assert 0 < difference < TOLERANCE["bf16"]
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "zero2"])
+@pytest.mark.parametrize("layout", ["fsdp2", pytest.param("zero2", marks=only_long)])
 def test_compiled_blocks_follow_the_curve(curves, shards, tmp_path, layout):
     got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), "strategy.compile=true")
     difference, column, step = largest_difference(got, curves["dinov2"])

@@ -12,6 +12,7 @@ from scaler.optimizers import build_optimizer, set_hyper
 from scaler.recipe import Optim, StrategySettings
 from scaler.strategies import strategy_class
 from tests.distributed.helper import run_distributed
+from tests.long import only_long
 from tests.scaler.methods.dinov2.tiny import micro_batches, tiny_method
 
 STEPS = 6
@@ -47,7 +48,7 @@ def losses(world: World, name: str, changes: dict[str, Any], settings: dict[str,
     return rows
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
+@pytest.mark.parametrize("centering", [pytest.param("sinkhorn", marks=only_long), "softmax"])
 def test_ddp_and_fsdp2_follow_one_process(centering: str) -> None:
     changes = {"centering": centering, "separate_heads": centering == "softmax"}
     expected = losses(World(), "ddp", changes, {})
