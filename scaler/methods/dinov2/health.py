@@ -69,7 +69,7 @@ def symptoms(settings: Settings, row: Mapping[str, float]) -> Iterator[tuple[str
     # The feature's spread is 1 when it uses all channels alike; trained models have 0.3 to 1.
     if row["embedding_std"] < 0.02:
         yield (
-            "collapsed features",
+            "collapsed_features",
             f"embedding_std is {row['embedding_std']:.2g}: all images have nearly the same feature; lower optim.lr, "
             "lengthen schedule.warmup, or raise method.koleo_weight",
         )
@@ -77,14 +77,14 @@ def symptoms(settings: Settings, row: Mapping[str, float]) -> Iterator[tuple[str
     # healthy run, unless the student has them right for every image, which it can only if they are all the same.
     if row["prototype_entropy"] > 0.99:
         yield (
-            "targets without content",
+            "empty_targets",
             f"prototype_entropy is {row['prototype_entropy']:.4f}: the teacher's targets favour no prototype, so there "
             "is nothing to learn; lower method.teacher_temperature and method.warmup_teacher_temperature (0.02 for "
             "narrow models), or method.num_prototypes",
         )
     elif row["prototype_entropy"] < 0.02 and row["loss/dino"] < 0.02 * math.log(k):
         yield (
-            "one prototype for all",
+            "one_prototype",
             f"prototype_entropy is {row['prototype_entropy']:.4f} and loss/dino {row['loss/dino']:.2g}: every image "
             "has the same prototype; set method.centering=sinkhorn, or raise method.teacher_temperature",
         )
@@ -97,7 +97,7 @@ def symptoms(settings: Settings, row: Mapping[str, float]) -> Iterator[tuple[str
         )
     if row["agreement"] < 1.2 / k:
         yield (
-            "no agreement",
+            "no_agreement",
             f"student and teacher choose the same prototype as often as by chance (agreement {row['agreement']:.2g}); "
             "lower optim.lr, or raise method.momentum",
         )

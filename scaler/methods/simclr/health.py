@@ -37,7 +37,7 @@ def symptoms(settings: SimCLRSettings, row: Mapping[str, float]) -> Iterator[tup
     # The spread is 1 when all channels are used alike, which the loss asks for: trained models have 0.8 to 1.
     if row["embedding_std"] < 0.1:
         yield (
-            "collapsed embeddings",
+            "collapsed_embeddings",
             f"embedding_std is {row['embedding_std']:.2g}: all views have nearly the same embedding; lower optim.lr, "
             "lengthen schedule.warmup, or set method.head_batch_norm=true",
         )

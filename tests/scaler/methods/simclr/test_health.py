@@ -29,7 +29,7 @@ def test_a_collapsed_model_and_one_that_learns() -> None:
         method.backbone.norm.weight.zero_()
         method.backbone.norm.bias.fill_(1.0)
     collapsed = row(method)
-    assert set(method.symptoms(collapsed)) == {"collapsed embeddings", "guessing"}
+    assert set(method.symptoms(collapsed)) == {"collapsed_embeddings", "guessing"}
     assert not method.symptoms({**collapsed, "step": 100})
 
 
