@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -29,7 +30,7 @@ def parameter_layers(backbone: Backbone, *, name: str) -> tuple[Mapping[str, int
         raise ValueError(f"timm does not tell the layers of {name} apart; leave optim.layer_decay at 1.0")
     classifier = model.pretrained_cfg.get("classifier") or "head"
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-    named = [*((key, parameter) for key, parameter in model.named_parameters()), (head, None)]
+    named = itertools.chain(model.named_parameters(), [(head, None)])
     layers = group_with_matcher(named, model.group_matcher(coarse=False), reverse=True)
     return {f"model.{key}": layer for key, layer in layers.items() if key != head}, layers[head]
 

@@ -1,0 +1,106 @@
+"""What pre-training is worth when labels are few: fine-tuning on 10 % of them, beside training from scratch.
+
+    python -m tests.quality.finetune                   # about 3 minutes of one core: a Markdown table
+    python -m tests.quality.finetune --seeds 1 --pretraining 100
+
+The product from end to end on the digits of `scaler demo`: PNG files → shards → simclr/demo on all 1,437 training
+pictures without their labels → supervised/demo on every tenth of them with its label, scored on the 360 of the
+validation part after the last step. All rows share the pre-trained backbone, the labelled pictures and the recipe but
+for what their name says; the seed is that of the initial weights, the order and the augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from scaler.digits import write_digits
+from scaler.recipe import load_recipe
+from scaler.train import run
+from shards.convert import convert
+from tests.runs import rows
+
+STEPS = 300
+EVERY = 10  # of so many pictures one has a label
+
+_COMMON = [
+    "strategy.name=ddp", "strategy.precision=fp32", "data.num_workers=0", "checkpoint.every=100000 steps",
+    "track.wandb=disabled", "track.tensorboard=false", "track.log_every=50 steps",
+]  # fmt: skip
+_PRETRAINED = ["method.initial_weights=published"]  # which the weights take the place of
+ROWS: dict[str, tuple[int, bool, list[str]]] = {  # steps, from the pre-trained backbone, overrides
+    "from scratch": (STEPS, False, []),
+    "from scratch, three times as long": (3 * STEPS, False, []),
+    "fine-tuned, the same recipe": (STEPS, True, []),
+    "fine-tuned, layer decay 0.5": (STEPS, True, ["optim.layer_decay=0.5"]),
+    "fine-tuned, frozen backbone": (STEPS, True, ["method.freeze_backbone=true", "optim.lr=1e-2"]),
+}
+
+
+def make_shards(folder: Path) -> dict[str, int]:
+    """`folder`/shards/train, labelled and val; returns their numbers of pictures."""
+    write_digits(folder / "images")
+    for kind in sorted((folder / "images" / "train").iterdir()):
+        target = folder / "images" / "labelled" / kind.name
+        target.mkdir(parents=True)
+        for picture in sorted(kind.iterdir())[::EVERY]:
+            shutil.copy(picture, target)
+    parts = ("train", "labelled", "val")
+    for part in parts:
+        convert(folder / "images" / part, folder / "shards" / part, workers=1)
+    return {part: len(list((folder / "images" / part).glob("*/*.png"))) for part in parts}
+
+
+def pretrain(folder: Path, *, steps: int) -> Path:
+    """SimCLR on all training pictures; returns the run."""
+    out, shards = folder / "pretrained", folder / "shards" / "train"
+    run(load_recipe("simclr/demo", overrides=[
+        *_COMMON, f"data.shards={shards}", f"run.dir={out}", f"schedule.total={steps} steps"
+    ]))  # fmt: skip
+    return out
+
+
+def top1(folder: Path, name: str, *, pretrained: Path, seed: int) -> float:
+    """Validation accuracy in percent of a row's training, after its last step."""
+    steps, starts_there, overrides = ROWS[name]
+    out = folder / f"{name}-{seed}".replace(" ", "-").replace(",", "")
+    run(load_recipe("supervised/demo", overrides=[
+        *_COMMON, *overrides, *([f"method.weights={pretrained}", *_PRETRAINED] if starts_there else []),
+        f"data.shards={folder / 'shards' / 'labelled'}", f"data.val_shards={folder / 'shards' / 'val'}",
+        "data.global_batch_size=48", f"schedule.total={steps} steps", f"evaluate.every={steps} steps",
+        "evaluate.crop_fraction=1.0", "checkpoint.keep_best=false", f"run.dir={out}", f"run.seed={seed}",
+    ]))  # fmt: skip
+    return 100 * float(rows(out)[-1]["val/top1"])
+
+
+def main() -> int:
+    """Print the table; exit code 1 if fine-tuning is not better than from scratch, even three times as long."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretraining", type=int, default=400, help="steps of SimCLR")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {name: [] for name in ROWS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        counts = make_shards(folder)
+        pretrained = pretrain(folder, steps=arguments.pretraining)
+        for seed in range(arguments.seeds):
+            for row, values in found.items():
+                values.append(top1(folder, row, pretrained=pretrained, seed=seed))
+    print(f"\n| {counts['labelled']} labelled pictures, {STEPS} steps | top-1 on {counts['val']} |\n| --- | --- |")
+    for row, values in found.items():
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        print(f"| {row} | {statistics.mean(values):.1f} %{spread} |")
+    tuned, scratch = found["fine-tuned, the same recipe"], found["from scratch, three times as long"]
+    return int(statistics.mean(tuned) <= statistics.mean(scratch))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
