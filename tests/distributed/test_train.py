@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.matrix import METHODS, TOLERANCE, largest_difference, train_cell
+from tests.distributed.helper import run_distributed
+from tests.distributed.matrix import METHODS, TOLERANCE, largest_difference, train_all, train_cell
 from tests.long import only_long
-from tests.runs import BATCH, NUM_IMAGES, make_shards
+from tests.runs import BATCH, NUM_IMAGES, make_shards, rows, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,18 @@ def test_compiled_blocks_follow_the_curve(curves, shards, tmp_path, layout):
     got = train_cell(tmp_path, shards, ("dinov2", layout, 2, "checkpointing"), "strategy.compile=true")
     difference, column, step = largest_difference(got, curves["dinov2"])
     assert 0 < difference < TOLERANCE["fp32"], (column, step)
+
+
+def test_dinov2_follows_one_curve_however_its_batch_of_64_is_laid_out(shards, tmp_path):
+    def write(name: str, micro_batch_size: int) -> tuple[str, list[str]]:
+        (tmp_path / name).mkdir()
+        path = write_recipe(tmp_path / name / "run.yaml", "dinov2", shards=shards)
+        changes = ["data.global_batch_size=64", "method.group_size=16", "method.drop_path=0.3"]
+        return str(path), [*changes, f"strategy.micro_batch_size={micro_batch_size}"]
+
+    run_distributed(train_all, 1, [write("1x64", 64), write("4x16", 16)])
+    run_distributed(train_all, 2, [write("2x2x16", 16)])
+    expected = rows(tmp_path / "1x64" / "run")
+    for name in ("4x16", "2x2x16"):
+        difference, column, step = largest_difference(rows(tmp_path / name / "run"), expected)
+        assert difference < TOLERANCE["fp32"], (name, column, step)
