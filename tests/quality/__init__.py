@@ -1,0 +1,1 @@
+"""What the features are worth: equal-budget comparisons with an independent implementation."""
