@@ -13,7 +13,6 @@ from lightly.loss import NTXentLoss
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.methods.simclr import loss as loss_module
 from scaler.methods.simclr.loss import nt_xent
 from tests.distributed.helper import run_distributed
 
@@ -45,26 +44,22 @@ def value_and_grad(f: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     m=st.integers(2, 7),
     d=st.integers(2, 9),
     seed=st.integers(0, 1000),
-    temperature=st.sampled_from([0.05, 0.1, 0.5, 1.0]),
-    chunk=st.sampled_from([1, 5, 30, 1 << 20]),
+    temperature=st.sampled_from([0.005, 0.05, 0.1, 0.5, 1.0, 20.0]),
+    side=st.sampled_from([1, 2, 3, 5, None]),
 )
 @settings(max_examples=100, deadline=None)
-def test_equals_the_definition_whatever_the_chunks(m: int, d: int, seed: int, temperature: float, chunk: int) -> None:
+def test_equals_the_definition_whatever_the_tiles(
+    m: int, d: int, seed: int, temperature: float, side: int | None
+) -> None:
     x = random(m, d, seed)
     expected = value_and_grad(lambda x: naive(x, temperature), x)
-    before = loss_module._SCORES
-    loss_module._SCORES = chunk
-    try:
-        got = value_and_grad(lambda x: nt_xent(x, temperature=temperature, world=World()).loss, x)
-        without_graph = nt_xent(x, temperature=temperature, world=World()).loss
-    finally:
-        loss_module._SCORES = before
+    got = value_and_grad(lambda x: nt_xent(x, temperature=temperature, world=World(), side=side).loss, x)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    assert torch.equal(got[0], without_graph)
+    assert torch.equal(got[0], nt_xent(x, temperature=temperature, world=World(), side=side).loss)
 
 
 @given(seed=st.integers(0, 1000), m=st.integers(2, 40), temperature=st.sampled_from([0.1, 0.5]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_equals_lightlys_in_fp32(seed: int, m: int, temperature: float) -> None:
     x = random(m, 32, seed, torch.float32)
     theirs = value_and_grad(lambda x: NTXentLoss(temperature)(*x.chunk(2)), x)
@@ -73,17 +68,23 @@ def test_equals_lightlys_in_fp32(seed: int, m: int, temperature: float) -> None:
     assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
 
 
-def test_hard_cases_in_fp32() -> None:
+@pytest.mark.parametrize("temperature", [0.05, 0.02, 0.005])  # the last one's exponentials overflow in fp32
+def test_hard_cases_in_fp32(temperature: float) -> None:
     equal = torch.ones(16, 8)
-    value, grad = value_and_grad(lambda x: nt_xent(x, temperature=0.05, world=World()).loss, equal)
+    value, grad = value_and_grad(lambda x: nt_xent(x, temperature=temperature, world=World()).loss, equal)
     assert value.item() == pytest.approx(math.log(15), rel=1e-5) and grad.abs().max() < 1e-6
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 2)
-    assert nt_xent(opposite * 1e-3, temperature=0.05, world=World()).loss.item() == pytest.approx(0, abs=1e-6)
+    assert nt_xent(opposite * 1e-3, temperature=temperature, world=World()).loss.item() == pytest.approx(0, abs=1e-6)
     spread = random(64, 16, 0, torch.float32) * torch.logspace(-3, 3, 128)[:, None]
-    exact, exact_grad = value_and_grad(lambda x: nt_xent(x, temperature=0.05, world=World()).loss, spread.double())
-    value, grad = value_and_grad(lambda x: nt_xent(x, temperature=0.05, world=World()).loss, spread)
-    assert value.item() == pytest.approx(exact.item(), rel=1e-5)
-    assert (grad - exact_grad).norm() <= 1e-5 * exact_grad.norm()
+    pairs = spread[:64].repeat(2, 1) + 1e-4 * random(64, 16, 1, torch.float32)  # probabilities of almost 1
+    twice = spread.view(2, 64, 16)[:, :32].repeat(1, 2, 1).flatten(0, 1)  # every image is there twice
+    few = torch.eye(4).repeat(32, 4) + 1e-2 * random(64, 16, 2, torch.float32)  # many all but equal vectors
+    for x in (spread, pairs, twice, few):
+        exact = value_and_grad(lambda x: nt_xent(x, temperature=temperature, world=World()).loss, x.double())
+        got = value_and_grad(lambda x: nt_xent(x, temperature=temperature, world=World()).loss, x)
+        assert got[0].dtype == got[1].dtype == torch.float32
+        assert got[0].item() == pytest.approx(exact[0].item(), rel=1e-5, abs=0)
+        assert (got[1] - exact[1]).norm() <= 1e-5 * exact[1].norm()
 
 
 def test_bfloat16_embeddings_are_computed_in_fp32() -> None:
@@ -106,9 +107,11 @@ def test_metrics() -> None:
     assert nt_xent(swapped, temperature=0.1, world=World()).accuracy == 0.5
 
 
-def test_one_image_is_refused() -> None:
+def test_what_cannot_be_computed_is_refused() -> None:
     with pytest.raises(ValueError, match="a global batch of 1 image has no negatives"):
         nt_xent(torch.ones(2, 3), temperature=0.1, world=World())
+    with pytest.raises(ValueError, match=r"temperature 0\.001 is too low for NT-Xent of 4 embeddings; take 0\.002 or"):
+        nt_xent(torch.ones(4, 3), temperature=0.001, world=World())
 
 
 def on_ranks(world: World) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -143,7 +143,7 @@ def test_the_last_micro_batch_alone_updates_running_statistics() -> None:
 
 
 def test_training_lowers_the_loss() -> None:
-    for case, optim in (("vit", Optim(name="adamw", lr=2e-3)), ("resnet", Optim(name="lars", lr=2.0, eta=0.02))):
+    for case, optim in (("vit", Optim(name="adamw", lr=2e-3)), ("resnet", Optim(name="lars", lr=0.25, eta=0.02))):
         method = make_method(**CASES[case])
         optimizer = build_optimizer(optim, method.parameter_groups(optim))
         losses = []
