@@ -29,7 +29,9 @@ def knn(
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
     temperature: Annotated[float, typer.Option(help="A vote weighs exp(cosine / temperature).")] = 0.07,
-    random_init: Annotated[bool, typer.Option("--random-init", help="The model before training.")] = False,
+    random_init: Annotated[
+        bool, typer.Option("--random-init", help="Random weights: the model before any training.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 256,
     num_workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     crop_fraction: Annotated[float, typer.Option(help="Side of the centre crop, of the resized image.")] = 0.875,

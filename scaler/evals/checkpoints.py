@@ -161,7 +161,7 @@ def _bare_name(source: str, backbone: str | None) -> str | None:
         else:
             return None
     if found is None:
-        raise ValueError(f"{source} does not say what it is of: give the backbone, timm's name of the model")
+        raise ValueError(f"{source} does not say what it is of: give timm's name of the model (--backbone)")
     return str(found)
 
 

@@ -119,7 +119,7 @@ class PooledMethod(Method):
         if average is not self.backbone:
             average.load_state_dict(self.backbone.state_dict())
         fixed = "; the positions are the weights' own, and stay fixed" if s.sincos_positions else ""
-        return [loaded.line + fixed]
+        return [f"{loaded.line}{fixed}; the head starts afresh"]
 
     def evaluated(self, name: str) -> Any:
         """The module of this name that is evaluated: its average if there is one."""

@@ -287,6 +287,6 @@ def test_one_command_evaluates_runs_files_and_timms_models(train: Callable[..., 
     assert random["step"] == 0 and random["weights"] == f"random weights of {VIT}"
     timm.models.save_for_hf(timm.create_model(VIT), str(tmp_path / "folder"), safe_serialization=True)
     assert knn(str(tmp_path / "folder"))["image_size"] == 160
-    assert "give the backbone, timm's name of the model" in knn(str(tmp_path / "w.safetensors"), code=1)
+    assert "give timm's name of the model (--backbone)" in knn(str(tmp_path / "w.safetensors"), code=1)
     assert f"knows its backbone: leave {VIT} out" in knn(str(run), "--backbone", VIT, code=1)
     assert "image_size 33 is not a multiple of the patch size" in knn(str(run), "--image-size", "33", code=1)

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -284,15 +285,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(case: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
 
 
-def test_an_averaged_copy_is_taken_and_a_strange_cnn_refused() -> None:
+def test_torchvisions_resnets_are_timms() -> None:
+    torch.manual_seed(0)
+    model = shaken(torchvision.models.resnet18())
+    backbone = build_backbone("resnet18", image_size=64).eval()
+    assert "left out: fc" in load_backbone_(backbone, weights(model.state_dict())).line
+    model.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.pooled(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "other"), [("state_dict_ema", "state_dict"), ("module.encoder_q", "module.encoder_k")]
+)
+def test_of_two_copies_the_averaged_or_the_first_is_taken_and_a_strange_tensor_refused(wanted: str, other: str) -> None:
     model = shaken(timm.create_model("test_resnet"))
-    state, average = model.state_dict(), {name: value + 1 for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    both = {f"{other}.{k}": v + 1 for k, v in state.items()} | {f"{wanted}.{k}": v for k, v in state.items()}
     backbone = build_backbone("test_resnet", image_size=32)
-    nested = {f"state_dict.{k}": v for k, v in state.items()} | {f"state_dict_ema.{k}": v for k, v in average.items()}
-    assert load_backbone_(backbone, weights(nested)).prefix == "state_dict_ema."
-    assert all(
-        torch.equal(value, average[name.removeprefix("model.")]) for name, value in backbone.state_dict().items()
-    )
-    state["layer9.weight"] = torch.zeros(3)
+    assert load_backbone_(backbone, weights(both)).prefix == f"{wanted}."
+    assert all(torch.equal(value, state[name.removeprefix("model.")]) for name, value in backbone.state_dict().items())
+    both[f"{wanted}.layer9.weight"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"has layer9\.weight, unlike the backbone; take"):
-        load_backbone_(backbone, weights(state))
+        load_backbone_(backbone, weights(both))
