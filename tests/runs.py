@@ -40,7 +40,16 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # At temperature 0.1 these noise images are chaotic: gradient norms of equal runs part by a factor of 2 a step.
     "simclr": {"name": "simclr", **_VIT, "temperature": 0.5, "drop_path": 0.3, "group_size": 4},
-    "supervised": {"name": "supervised", **_VIT, "num_classes": CLASSES, "drop_path": 0.3, "group_size": 4},
+    "supervised": {
+        "name": "supervised",
+        **_VIT,
+        "num_classes": CLASSES,
+        "drop_path": 0.3,
+        "group_size": 4,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "ema": 0.99,
+    },
     # A batch-norm network without ReLU, at whose kink the gradient norms of equal runs part by a thousandth.
     "supervised_cnn": {"name": "supervised", "backbone": "test_efficientnet", "num_classes": CLASSES},
 }
