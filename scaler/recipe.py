@@ -367,4 +367,6 @@ def _explain(item: Any, *, source: str, model: type[BaseModel], prefix: str = ""
     if item["type"] == "missing":
         return f"{source}: {key} is missing and has no default"
     message = item["msg"].removeprefix("Value error, ")
+    if not path:  # of several keys together, which it names
+        return f"{source}: {prefix}{message}"
     return f"{source}: {key}: {message} (got {item['input']!r})"

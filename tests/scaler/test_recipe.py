@@ -49,6 +49,7 @@ def test_overrides_are_yaml_with_proper_floats():
         ("optim.lr", "is not key=value"),
         ("optim.lr.x=1", "is a value, not a section"),
         ("data.global_batch_size=0", r"global_batch_size: .*greater than 0"),
+        ("method.blur_kernel=4", r"demo\.yaml: method\.blur_kernel 4 must be odd.*no blur\)$"),
         ("optim.lr={1", "is not a YAML value"),
     ],
 )

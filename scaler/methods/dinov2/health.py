@@ -27,9 +27,10 @@ def advice(
     s, batch, total = settings, global_batch_size, steps("total")
     if num_samples is not None and num_samples < _IMAGES_PER_PROTOTYPE * s.num_prototypes:
         fitting = max(64, 2 ** round(math.log2(max(1, num_samples / 20))))
+        preset = ", or start from dinov2/small_data" if s.num_prototypes > 4096 else ""
         yield (
             f"warning: {num_samples} images for {s.num_prototypes} prototypes (published: 20 images for each): with so "
-            f"few the loss often stays flat; set method.num_prototypes={fitting}, or start from dinov2/small_data"
+            f"few the loss often stays flat; set method.num_prototypes={fitting}{preset}"
         )
     if batch < _SMALLEST_BATCH:
         yield (
@@ -56,8 +57,11 @@ def advice(
             f"warning: with method.momentum={s.momentum} the teacher is the mean of about {1 / (1 - s.momentum):.0f} "
             f"steps, of {total} in all; lower it, to {max(0.5, 1 - 20 / max(1, total)):.2g} for example"
         )
-    for key in ("teacher_temperature_warmup", "freeze_last_layer"):
-        if (length := steps(getattr(s, key))) > total:
+    durations = {"freeze_last_layer": s.freeze_last_layer}
+    if s.warmup_teacher_temperature != s.teacher_temperature:
+        durations["teacher_temperature_warmup"] = s.teacher_temperature_warmup
+    for key, duration in durations.items():
+        if (length := steps(duration)) > total:
             yield f"warning: method.{key} is {length} steps, longer than the run's {total}; shorten it alike"
 
 

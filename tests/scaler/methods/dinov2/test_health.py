@@ -113,6 +113,8 @@ def advice(**changes: Any) -> str:
         ({"momentum": 1.0}, "momentum=1 leaves"),
         ({"total": 1000, "teacher_temperature_warmup": "100 steps", "freeze_last_layer": "0 steps"},
          "about 125 steps, of 1000 in all; lower it, to 0.98"),
+        ({"teacher_temperature_warmup": "126000 steps"}, "teacher_temperature_warmup is 126000 steps, longer"),
+        ({"teacher_temperature_warmup": "126000 steps", "warmup_teacher_temperature": 0.07}, ""),
         ({"freeze_last_layer": "200000 steps"}, "freeze_last_layer is 200000 steps, longer than the run's 125000"),
     ],
 )  # fmt: skip
