@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from scaler.methods.dinov2.settings import Settings
+from scaler.methods.unread import unread
 
 _IMAGES_PER_PROTOTYPE = 4  # published: 1.28 million images for 65,536 prototypes, 20 each
 _PROTOTYPES_PER_CROP = 64  # published: 65,536 prototypes for the 4,096 global crops of a batch, 16 each
@@ -48,6 +49,15 @@ def advice(
             f"warning: the learning rate reaches {optim.scaled_lr(batch):.2g}, and a batch of {batch} images is used "
             f"to {usual:.2g}; set optim.lr_rule=sqrt_1024, which scales optim.lr=4e-3 by it"
         )
+    reasons = {
+        "centring is sinkhorn's": ("center_momentum",) * (s.centering == "sinkhorn"),
+        "there are no local crops": ("local_size", "local_scale") * (not s.num_local_crops),
+        "no crop is masked": ("mask_ratio", "ibot_weight", "separate_heads") * (not s.mask_probability),
+        "blur_kernel is 0": ("blur",) * (not s.blur_kernel),
+        "neither drop path nor KoLeo works in groups": ("group_size",) * (not s.drop_path and not s.koleo_weight),
+        "jitter_probability is 0": ("brightness", "contrast", "saturation", "hue") * (not s.jitter_probability),
+    }
+    yield from unread(s, reasons)
     if s.koleo_weight and s.group_size == 1:
         yield "warning: method.koleo_weight has no effect in groups of one image; raise method.group_size"
     if s.momentum == 1:

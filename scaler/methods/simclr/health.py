@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from scaler.methods.simclr.settings import SimCLRSettings
+from scaler.methods.unread import unread
 
 _SMALLEST_BATCH = 128  # published: 256 to 8192 images; each halving below 4096 cost accuracy
 _GRACE = 100  # steps, the warm-up's first
@@ -28,6 +29,16 @@ def advice(settings: SimCLRSettings, *, num_samples: int | None, global_batch_si
             f"warning: a global batch of {global_batch_size} images holds each of the {num_samples} images more than "
             f"once, so that they are their own negatives; set data.global_batch_size to {num_samples} at most"
         )
+    s = settings
+    reasons = {
+        "jitter_probability is 0": ("color_strength", "brightness", "contrast", "saturation", "hue")
+        * (not s.jitter_probability),
+        "blur_probability is 0": ("blur_kernel",) * (not s.blur_probability),
+        "blur_kernel is 0": ("blur_probability",) * (s.blur_kernel == 0),
+        "the head has one layer": ("head_hidden",) * (s.head_layers == 1),
+        "there is no drop path": ("group_size",) * (not s.drop_path),
+    }
+    yield from unread(s, reasons)
 
 
 def symptoms(settings: SimCLRSettings, row: Mapping[str, float]) -> Iterator[tuple[str, str]]:

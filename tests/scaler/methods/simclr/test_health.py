@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from scaler.methods.simclr import health
 from scaler.methods.simclr.method import SimCLR
 from scaler.recipe import Optim
 from tests.scaler.methods.simclr.batches import RESNET, VIT, make_batch, make_method
@@ -49,3 +52,18 @@ def test_advice(size: int, samples: int | None, said: list[str]) -> None:
     assert len(more) == len(said)
     for line, text in zip(more, said, strict=True):
         assert line.startswith("warning: ") and text in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"jitter_probability": 0.0, "color_strength": 0.5, "hue": 0.1}, "method.color_strength and method.hue set"),
+        ({"blur_probability": 0.0, "blur_kernel": 5}, "blur_kernel set, without effect: blur_probability is 0"),
+        ({"blur_probability": 1.0, "blur_kernel": 0}, "blur_probability set, without effect: blur_kernel is 0"),
+        ({"head_layers": 1, "head_hidden": 5}, "head_hidden set, without effect: the head has one layer"),
+        ({"group_size": 8}, "group_size set, without effect: there is no drop path"),
+    ],
+)
+def test_settings_that_nothing_reads_are_named(settings: dict[str, Any], said: str) -> None:
+    _, line = health.advice(SimCLR.Settings(**settings), num_samples=None, global_batch_size=512)
+    assert line.startswith("warning: ") and said in line
