@@ -13,7 +13,6 @@ backbone.
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
 import math
@@ -27,12 +26,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import is_model, list_models
+from timm.models import is_model
 from torch import Tensor
 
 from scaler.checkpoint import resolve_checkpoint, verify
 from scaler.checkpoint.container import DTYPES, Entry, read_header
 from scaler.checkpoint.loading import Reader
+from scaler.nn.backbones import check_model_name
 from scaler.nn.weights import Normalization, Weights
 from shards.places import Folder, Location, folder_at, locate
 
@@ -92,9 +92,7 @@ def timm_config(place: Location) -> dict[str, Any] | None:
 
 
 def _from_timm(name: str) -> Weights:
-    if not is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0], list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    check_model_name(name)
     try:
         model: Any = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError) as error:
@@ -105,7 +103,7 @@ def _from_timm(name: str) -> Weights:
         ) from error
     config = model.pretrained_cfg
     place = f"timm's {config['architecture']}" + (f".{config['tag']}" if config.get("tag") else "")
-    return Weights(place, model.state_dict(), normalization=_normalization(config))
+    return Weights(place, model.state_dict(), normalization=_normalization(config), num_heads=_num_heads(model))
 
 
 def _from_timm_folder(place: Location, config: dict[str, Any], *, backbone: str) -> Weights:
@@ -121,8 +119,25 @@ def _from_timm_folder(place: Location, config: dict[str, Any], *, backbone: str)
             f"name the file {place / found[0]} if it is meant for both"
         )
     return Weights(
-        str(place), _from_file(place / found[0]).tensors, normalization=_normalization(config["pretrained_cfg"])
+        str(place),
+        _from_file(place / found[0]).tensors,
+        normalization=_normalization(config["pretrained_cfg"]),
+        num_heads=_heads_by_name({**config.get("model_args", {}), "backbone": architecture}),
     )
+
+
+def _num_heads(model: Any) -> int | None:
+    """Attention heads of a ViT of timm's; None: of no such model."""
+    blocks: Any = getattr(model, "blocks", ())
+    return getattr(getattr(blocks[0], "attn", None), "num_heads", None) if len(blocks) else None
+
+
+def _heads_by_name(settings: Mapping[str, Any]) -> int | None:
+    """Attention heads of the model called `backbone`, unless `num_heads` says otherwise."""
+    if settings.get("num_heads") is not None or not is_model(settings["backbone"]):
+        return settings.get("num_heads")
+    with torch.device("meta"):
+        return _num_heads(timm.create_model(settings["backbone"]))
 
 
 def _normalization(config: Mapping[str, Any]) -> Normalization | None:
@@ -179,8 +194,9 @@ def _from_checkpoint(place: Location) -> Weights:
         for name, entry in reader.manifest["tensors"].items()
         if name.startswith("method/")
     }
-    pixels = ((0.0,) * 3, (1.0,) * 3) if reader.manifest["recipe"]["method"].get("normalize") is False else None
-    return Weights(str(location), _Lazy(tensors), normalization=pixels)
+    method = reader.manifest["recipe"]["method"]
+    pixels = ((0.0,) * 3, (1.0,) * 3) if method.get("normalize") is False else None
+    return Weights(str(location), _Lazy(tensors), normalization=pixels, num_heads=_heads_by_name(method))
 
 
 def _assemble(reader: Reader, name: str, entry: dict[str, Any]) -> Tensor:

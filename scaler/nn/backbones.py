@@ -55,9 +55,7 @@ def build_backbone(
         ValueError: unknown model, an override that the model does not take, or a ViT's option for another model.
     """
     overrides = {key: value for key, value in overrides.items() if value is not None}
-    if not is_model(name):
-        close = difflib.get_close_matches(name, list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    check_model_name(name)
     if _packs(name):
         options: dict[str, Any] = {"img_size": image_size, "dynamic_img_size": True, "init_values": layer_scale}
         if layer_scale is None:
@@ -83,6 +81,17 @@ def build_backbone(
         overrides = {"drop_path_rate": drop_path, **overrides}
     model = _create(name, **overrides)
     return TimmBackbone(model, drop_path=drop_path, fixed_size=config is not None and config.fixed_input_size)
+
+
+def check_model_name(name: str) -> None:
+    """Refuse what timm has no model of.
+
+    Raises:
+        ValueError: names close ones.
+    """
+    if not is_model(name):
+        close = difflib.get_close_matches(name.partition(".")[0], list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
 def check_image_size(image_size: int, *, patch_size: int, name: str) -> None:

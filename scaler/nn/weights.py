@@ -53,11 +53,13 @@ class Weights:
         place: where they are from, as messages call it.
         tensors: read when they are asked for.
         normalization: mean and deviation per channel of the pixels (from 0 to 1) that they learned from, if known.
+        num_heads: attention heads of a ViT, if known: no shape tells them.
     """
 
     place: str
     tensors: Mapping[str, Tensor]
     normalization: Normalization | None = None
+    num_heads: int | None = None
 
 
 class Loaded(NamedTuple):
@@ -96,6 +98,13 @@ def load_backbone_(
     notes = _fit_vit(values, target, vit, weights.place) if vit else _fit_timm(values, target, module)
     kept = [n for n in target if n not in values and n.rpartition(".")[2] in ("mask_token", "num_batches_tracked")]
     _check(values, target, kept, place=weights.place, vit=vit is not None)
+    first: Any = vit.blocks[0] if vit else None
+    own_heads = first.attn.num_heads if vit else None
+    if None not in (own_heads, weights.num_heads) and own_heads != weights.num_heads:
+        raise ValueError(
+            f"{weights.place} has {weights.num_heads} attention heads and the backbone {own_heads}; set "
+            f"method.num_heads: {weights.num_heads}"
+        )
     for name, value in values.items():
         target[name].copy_(value)
 
@@ -272,7 +281,7 @@ def _vit_advice(values: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> s
     def facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         patches, registers = tensors.get("patch_embed.proj.weight"), tensors.get("reg_token")
         return {
-            "embed_dim": None if patches is None else patches.shape[0],
+            "width": None if patches is None else patches.shape[0],
             "patch_size": None if patches is None else patches.shape[-1],
             "registers": 0 if registers is None else registers.shape[1],
             "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
@@ -280,6 +289,8 @@ def _vit_advice(values: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> s
         }
 
     wanted, own = facts(values), facts(target)
+    if wanted.pop("width") != own.pop("width"):
+        return ""  # another width mostly means other heads, of which the shapes say nothing
     changes = [f"method.{key}: {value}" for key, value in wanted.items() if value not in (own[key], None)]
     return f"set {', '.join(changes)}, or take the method.backbone that the weights are of" if changes else ""
 

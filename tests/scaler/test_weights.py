@@ -140,6 +140,7 @@ def test_a_folder_of_timms_brings_its_name_and_pixels(model: Any, tmp_path: Path
         timm.models.save_for_hf(model, str(tmp_path / str(safe)), safe_serialization=safe)
         found = read_weights(str(tmp_path / str(safe)), backbone=f"{VIT}.r160_in1k")
         assert same(found, model.state_dict()) and found.normalization == ((0.5,) * 3, (0.5,) * 3)
+        assert found.num_heads == model.blocks[0].attn.num_heads
     with pytest.raises(ValueError, match=f"timm's {VIT}, and the backbone resnet18: set method.backbone: {VIT}"):
         read_weights(str(tmp_path / "True"), backbone="resnet18")
     (tmp_path / "True" / "model.safetensors").unlink()
@@ -165,6 +166,7 @@ def test_timms_own_weights_come_from_its_cache_or_not_at_all(
     for source, backbone in (("timm", VIT), (f"timm:{VIT}.r160_in1k", "vit_tiny_patch16_224")):
         found = read_weights(source, backbone=backbone)
         assert same(found, model.state_dict()) and found.place == f"timm's {VIT}.r160_in1k"
+        assert found.num_heads == model.blocks[0].attn.num_heads
         assert found.normalization == ((0.5,) * 3, (0.5,) * 3)
     evaluated = load_for_evaluation(f"timm:{VIT}", device="cpu", image_size=32)
     assert evaluated.method.normalization == found.normalization and evaluated.line.endswith("left out: head")
@@ -210,6 +212,7 @@ def test_the_averaged_weights_of_a_run_are_taken(train: Callable[..., Path]) -> 
     tensors, found = weights(source), read_weights(str(source), backbone="vit_tiny_patch16_224")
     vit = build_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=2, embed_dim=36, num_heads=3)
     assert load_backbone_(vit, found).prefix == "average.backbone."
+    assert found.num_heads == 3
     assert torch.equal(vit.state_dict()["cls_token"], tensors["method/average.backbone.cls_token"])
     assert not torch.equal(vit.state_dict()["cls_token"], tensors["method/backbone.cls_token"])
 
@@ -251,10 +254,12 @@ def test_a_resumed_run_reads_its_checkpoint_only_and_bad_weights_stop_it(
     capfd.readouterr()
     assert main([*words, f"method.weights={tmp_path / 'weights'}", f"run.dir={tmp_path / 'other'}"]) == 1
     assert main([*words, f"method.weights={source}", "method.depth=3", f"run.dir={tmp_path / 'other'}"]) == 1
+    assert main([*words, f"method.weights={source}", "method.num_heads=4", f"run.dir={tmp_path / 'other'}"]) == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "weights does not exist; give weights as" in lines[0]
     assert "lacks blocks.2.norm1.weight" in lines[1] and lines[1].endswith("that the weights are of")
     assert "set method.depth: 2, or" in lines[1]
+    assert lines[2].endswith("has 3 attention heads and the backbone 4; set method.num_heads: 3")
 
 
 # ---------------------------------------------------------------------- evaluation

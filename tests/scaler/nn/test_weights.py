@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "fewer blocks": (original(depth=2), "lacks blocks.2.norm1.weight and 13 more tensors; set method.depth: 2"),
     "registers": (original(registers=4), "has reg_token, unlike the backbone; set method.registers: 4"),
     "patches": (original(patch=16), "shape .*24, 3, 16, 16.* set method.patch_size: 16"),
-    "width": (original(width=32), "of shape .*method.embed_dim: 32"),
+    "width": (original(width=32), "of shape .*; take the method.backbone that the weights are of"),
     "no square": (changed(pos_embed=torch.zeros(1, 24, 24)), "24 positions, which are no square grid"),
     "not finite": (changed(**{"norm.bias": torch.full((24,), torch.nan)}), "norm.bias is not finite"),
     "integers": (changed(**{"norm.bias": torch.ones(24, dtype=torch.int8)}), "norm.bias as torch.int8"),
@@ -283,6 +283,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(case: str) -> None:
     with pytest.raises(ValueError, match=f"^w.pth.*{message}"):
         load_backbone_(vit, weights(tensors))
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+
+
+def test_another_number_of_heads_shows_in_no_shape_and_is_refused_where_it_is_known() -> None:
+    vit = built("vit_small_patch14_dinov2", image_size=70, depth=3, embed_dim=24, num_heads=2)
+    load_backbone_(vit, weights(original(), num_heads=2))
+    with pytest.raises(
+        ValueError, match=r"^w\.pth has 3 attention heads and the backbone 2; set method\.num_heads: 3$"
+    ):
+        load_backbone_(vit, weights(original(), num_heads=3))
 
 
 def test_torchvisions_resnets_are_timms() -> None:
