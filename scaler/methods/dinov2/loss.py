@@ -9,69 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher, cross_entropy
+from scaler.methods.dinov2.prototypes import Comparison, Teacher
 from scaler.nn.precision import at_least_fp32
 
 _DUPLICATE = 1e-6  # unit vectors closer than this are one image twice: at fp32 their difference is rounding
 
 
-def dino_loss(
-    student: Tensor, prototypes: Tensor, *, teacher: Teacher, temperature: float, tile_elements: int
-) -> CrossEntropy:
-    """DINO's loss (arXiv 2104.14294) with its signals: the mean over images and 2 + 2·L pairs of crops.
+def dino(student: Tensor, teacher: Teacher, *, scale: float = 1.0) -> Comparison:
+    """DINO's loss (arXiv 2104.14294), for `cross_entropy`: the mean over images and 2 + 2·L pairs of crops.
 
     Each global crop is compared with the teacher's *other* global crop, each local crop with both.
 
     Args:
         student: bottlenecks [2 + L, n, b], global crops first.
-        prototypes: [K, b].
         teacher: of the two global crops.
-        temperature: of the student.
-        tile_elements: most scores in memory at a time.
+        scale: the loss's weight.
     """
     num_crops, n, _ = student.shape
-    return cross_entropy(
-        student,
-        prototypes,
-        teacher=teacher,
-        partners=[(1,), (0,), *[(0, 1)] * (num_crops - 2)],
-        weights=student.new_full((n,), 1 / (n * (2 + 2 * (num_crops - 2)))),
-        temperature=temperature,
-        tile_elements=tile_elements,
-        signals=True,
-    )
+    partners = [(1,), (0,), *[(0, 1)] * (num_crops - 2)]
+    weights = student.new_full((n,), 1 / (n * sum(map(len, partners))))
+    return Comparison(student, teacher, partners, weights, scale=scale, signals=True)
 
 
-def ibot_loss(
-    student: Tensor,
-    prototypes: Tensor,
-    *,
-    teacher: Teacher,
-    weights: Tensor,
-    num_crops: int,
-    temperature: float,
-    tile_elements: int,
-) -> Tensor:
-    """iBOT's loss (arXiv 2111.07832): cross-entropy on masked tokens, first averaged in each crop, then over crops.
+def ibot(student: Tensor, teacher: Teacher, *, weights: Tensor, num_crops: int, scale: float = 1.0) -> Comparison:
+    """iBOT's loss (arXiv 2111.07832), for `cross_entropy`: of masked tokens, first averaged in each crop, then over
+    crops.
 
     Args:
         student: bottlenecks [T, b] of the masked tokens; T may be 0.
-        prototypes: [K, b].
         teacher: of the same tokens, unmasked, as one crop.
         weights: [T], one over the number of masked tokens in the token's crop.
         num_crops: global crops of the batch, those without a mask included.
-        temperature: of the student.
-        tile_elements: most scores in memory at a time.
+        scale: the loss's weight.
     """
-    return cross_entropy(
-        student[None],
-        prototypes,
-        teacher=teacher,
-        partners=[(0,)],
-        weights=weights / num_crops,
-        temperature=temperature,
-        tile_elements=tile_elements,
-    ).loss
+    return Comparison(student[None], teacher, [(0,)], weights / num_crops, scale=scale)
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:

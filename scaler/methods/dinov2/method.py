@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
 from scaler.methods.dinov2 import augment, health, loss
 from scaler.methods.dinov2.gram import gram_loss, to_grid
 from scaler.methods.dinov2.network import Network, parameter_groups
-from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher
+from scaler.methods.dinov2.prototypes import CrossEntropy, Teacher, cross_entropy
 from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from scaler.methods.dinov2.weights import load_centers_, load_heads_
@@ -34,7 +35,7 @@ from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
 from shards.decode import View
 
-_TILE_ELEMENTS = 1 << 26  # most prototype scores of one kind in memory at a time (256 MiB in fp32)
+_TILE_ELEMENTS = 1 << 25  # most prototype scores in memory at a time (128 MiB in fp32)
 
 
 @dataclass(frozen=True)
@@ -216,44 +217,50 @@ class DINOv2(Method):
             cls_z, patch_z = self.student.dino_head.bottleneck(cls), self.student.ibot_head.bottleneck(masked)
 
         m = len(crops[0]) // 2
-        (dino, entropy, agreement), ibot = self._losses(
-            cls_z.view(-1, m, cls_z.shape[-1]), patch_z, batch, target, hyper
-        )
+        total, dino, ibot = self._compare(cls_z.view(-1, m, cls_z.shape[-1]), patch_z, batch, target, hyper)
         groups = at_least_fp32(outputs[0].cls).view(2, -1, s.group_size, outputs[0].cls.shape[-1])
         koleo = loss.koleo_loss(groups).mean(dim=1).sum()  # mean over groups, sum over the two crops
-        total = s.dino_weight * dino + s.ibot_weight * ibot + s.koleo_weight * koleo
+        total = total + s.koleo_weight * koleo
         gram = torch.zeros_like(koleo) if anchor is None else gram_loss(outputs[0].patches, anchor)
         if anchor is not None:
             total = total + hyper["gram_weight"] * gram
         metrics = {
             "loss": total,
-            "loss/dino": dino,
-            "loss/ibot": ibot,
+            "loss/dino": dino.loss,
+            "loss/ibot": ibot.loss,
             "loss/koleo": koleo,
             "embedding_std": embedding_std(groups),
-            "prototype_entropy": entropy,
-            "agreement": agreement,
+            "prototype_entropy": dino.entropy,
+            "agreement": dino.agreement,
             **({} if self.gram_teacher is None else {"loss/gram": gram}),
         }
         return {"loss": total, "metrics": {name: value.detach() for name, value in metrics.items()}}
 
-    def _losses(
+    def _compare(
         self, cls_z: Tensor, patch_z: Tensor, batch: Batch, target: Target, hyper: Hyper
-    ) -> tuple[CrossEntropy, Tensor]:
-        """DINO's loss of student bottlenecks [2 + L, m, b], with its signals, and iBOT's of [T, b]."""
-        s, num_crops = self.settings, len(batch["crops"][0])
-        common = {"temperature": s.student_temperature, "tile_elements": self.tile_elements}
-        prototypes, temperature = self.student.dino_head.prototypes(), hyper["teacher_temperature"]
-        teacher_z, teacher_prototypes = target.observation.cls, self.teacher.dino_head.prototypes()
-        teacher = Teacher(teacher_z.unflatten(0, (2, -1)), teacher_prototypes, target.cls_shift, temperature)
-        dino = loss.dino_loss(cls_z, prototypes, teacher=teacher, **common)
-
-        if self.student.ibot_head is not None:
-            prototypes, teacher_prototypes = self.student.patch_head.prototypes(), self.teacher.patch_head.prototypes()
-        teacher = Teacher(target.observation.patches[None], teacher_prototypes, target.patch_shift, temperature)
-        weights = batch["mask_weights"]
-        ibot = loss.ibot_loss(patch_z, prototypes, teacher=teacher, weights=weights, num_crops=num_crops, **common)
-        return dino, ibot
+    ) -> tuple[Tensor, CrossEntropy, CrossEntropy]:
+        """DINO's and iBOT's weighted sum and each of them, from student bottlenecks [2 + L, m, b] and [T, b]."""
+        s, temperature = self.settings, hyper["teacher_temperature"]
+        cls, patches = target.observation.cls.unflatten(0, (2, -1)), target.observation.patches[None]
+        dino = loss.dino(
+            cls_z,
+            Teacher(cls, self.teacher.dino_head.prototypes(), target.cls_shift, temperature),
+            scale=s.dino_weight,
+        )
+        ibot = loss.ibot(
+            patch_z,
+            Teacher(patches, self.teacher.patch_head.prototypes(), target.patch_shift, temperature),
+            weights=batch["mask_weights"],
+            num_crops=len(batch["crops"][0]),
+            scale=s.ibot_weight,
+        )
+        compare = partial(cross_entropy, temperature=s.student_temperature, tile_elements=self.tile_elements)
+        if self.student.ibot_head is None:
+            total, (of_cls, of_patches) = compare([dino, ibot], self.student.dino_head.prototypes())
+            return total, of_cls, of_patches
+        cls_total, (of_cls,) = compare([dino], self.student.dino_head.prototypes())
+        patch_total, (of_patches,) = compare([ibot], self.student.ibot_head.prototypes())
+        return cls_total + patch_total, of_cls, of_patches
 
     @torch.no_grad()
     def _anchor(self, batch: Batch, hyper: Hyper) -> Tensor | None:

@@ -48,9 +48,31 @@ class Teacher:
             return logits.softmax(dim=-1)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Crops of the student and the teacher's that they are compared with; its loss is the weighted sum of all pairs'.
+
+    Attributes:
+        student: bottlenecks [v, n, b], fp32 or float64; n may be 0.
+        teacher: of the same n samples.
+        partners: for every crop of the student, the crops of the teacher that it is compared with.
+        weights: of the samples, [n].
+        scale: of this comparison in a sum of several.
+        signals: whether entropy and agreement are wanted.
+    """
+
+    student: Tensor
+    teacher: Teacher
+    partners: Partners
+    weights: Tensor
+    scale: float = 1.0
+    signals: bool = False
+
+
 class CrossEntropy(NamedTuple):
-    """Scalars: `loss`, differentiable; where signals were asked for (else 0), the mean `entropy` of the teacher over
-    log K, 1 uniform and 0 certain, and the `agreement` on the highest prototype of crops that have one partner.
+    """Detached scalars of a comparison: `loss`; and where signals were asked for (else 0), the mean `entropy` of the
+    teacher over log K, 1 uniform and 0 certain, and the `agreement` on the highest prototype of crops that have one
+    partner.
     """
 
     loss: Tensor
@@ -59,83 +81,96 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    student: Tensor,
-    prototypes: Tensor,
-    *,
-    teacher: Teacher,
-    partners: Partners,
-    weights: Tensor,
-    temperature: float,
-    tile_elements: int,
-    signals: bool = False,
-) -> CrossEntropy:
-    """Σ over samples of weight · Σ over pairs of crops of -Σ teacher · log softmax(student · prototypes / temperature).
+    comparisons: Sequence[Comparison], prototypes: Tensor, *, temperature: float, tile_elements: int
+) -> tuple[Tensor, list[CrossEntropy]]:
+    """Of all pairs, -Σ teacher · log softmax(student · prototypes / temperature): the scaled sum of the comparisons,
+    which is differentiable, and each one's loss and signals.
 
-    Scores are computed in autocast's precision where that is on, all else in that of the student's bottlenecks. The
-    graph can run backward once.
+    Scores are computed in autocast's precision where that is on, all else in that of the student's bottlenecks.
+    Comparisons with the same prototypes belong into one call, since its gradient is as large as they are. The graph can
+    run backward once.
 
     Args:
-        student: bottlenecks [v, n, b], fp32 or float64; n may be 0.
-        prototypes: [K, b] of the same dtype.
-        teacher: of the same samples.
-        partners: for every crop of the student, the crops of the teacher that it is compared with.
-        weights: [n].
+        comparisons: of a student with these prototypes.
+        prototypes: [K, b], of the bottlenecks' dtype.
         temperature: of the student.
         tile_elements: most scores in memory at a time, the teacher's included (but at least those of one sample).
-        signals: whether entropy and agreement are wanted.
     """
-    return CrossEntropy(
-        *_CrossEntropy.apply(student, prototypes, weights, teacher, partners, temperature, tile_elements, signals)
-    )
+    students = [comparison.student for comparison in comparisons]
+    total, values = _CrossEntropy.apply(comparisons, temperature, tile_elements, prototypes, *students)
+    return total, [CrossEntropy(*row.unbind()) for row in values]
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,
-        prototypes: Tensor,
-        weights: Tensor,
-        teacher: Teacher,
-        partners: Partners,
+        comparisons: Sequence[Comparison],
         temperature: float,
         tile_elements: int,
-        signals: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (v, n, _), kind = student.shape, student.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student.dtype
-        gradients = [torch.zeros_like(x) for x in (student, prototypes)] if any(ctx.needs_input_grad) else None
-        loss, seen = student.new_zeros(()), student.new_zeros(2)
-        # A crop with two partners has the mean of their probabilities as its target, and twice the weight.
-        weights = weights * weights.new_tensor([len(p) for p in partners])[:, None]  # [v, n]
-        with full_precision(student):
-            z, keys = student / temperature, prototypes.to(precision)
-            size = max(1, tile_elements // ((v + 2 * len(teacher.bottlenecks)) * len(prototypes)))
-            for samples in (slice(start, start + size) for start in range(0, n, size)):
-                q = teacher.probabilities(samples)
-                scores = (z[:, samples].to(precision) @ keys.mT).to(z.dtype)
-                if signals:
-                    seen += _signals(scores, q, partners)
-                losses = _softmax_minus_(scores, _targets(q, partners))
-                loss += (losses * weights[:, samples]).sum()
-                if gradients is not None:
-                    delta = scores.to(precision)
-                    gradients[0][:, samples] = delta @ keys
-                    rows = (z[:, samples] * weights[:, samples, None]).to(precision)
-                    _add_product_(gradients[1], delta.flatten(0, 1).mT, rows.flatten(0, 1))
-        if gradients is not None:
-            gradients[0] *= weights[:, :, None] / temperature
-        ctx.gradients = gradients
-        entropy, agreement = seen / max(1, n)
-        ctx.mark_non_differentiable(entropy, agreement)
-        return loss, entropy, agreement
+        prototypes: Tensor,
+        *students: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        kind = prototypes.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else prototypes.dtype
+        ctx.gradients = None
+        if any(ctx.needs_input_grad):
+            ctx.gradients = [torch.zeros_like(x) for x in (prototypes, *students)]
+        with full_precision(prototypes):
+            keys = prototypes.to(precision)
+            rows = [
+                _compare(
+                    comparison,
+                    keys,
+                    temperature=temperature,
+                    tile_elements=tile_elements,
+                    gradients=None if ctx.gradients is None else (ctx.gradients[0], ctx.gradients[1 + number]),
+                )
+                for number, comparison in enumerate(comparisons)
+            ]
+        values = torch.stack(rows)
+        ctx.mark_non_differentiable(values)
+        return values[:, 0] @ values.new_tensor([comparison.scale for comparison in comparisons]), values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: they are as large as all prototypes
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the graph of this loss runs backward once"
-        return gradients[0].mul_(grad), gradients[1].mul_(grad), *[None] * 6
+        return None, None, None, *[gradient.mul_(grad) for gradient in gradients]  # in place: the first is large
+
+
+def _compare(
+    comparison: Comparison,
+    keys: Tensor,
+    *,
+    temperature: float,
+    tile_elements: int,
+    gradients: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Loss, entropy and agreement, [3]; `gradients`, of prototypes and student, get those of the scaled loss."""
+    student, teacher, partners = comparison.student, comparison.teacher, comparison.partners
+    v, n, _ = student.shape
+    z, values = student / temperature, student.new_zeros(3)
+    # A crop with two partners has the mean of their probabilities as its target, and twice the weight.
+    num_partners = student.new_tensor([len(p) for p in partners])
+    weights = comparison.weights.to(z.dtype) * num_partners[:, None]  # [v, n]
+    size = max(1, tile_elements // ((v + 2 * len(teacher.bottlenecks)) * len(keys)))
+    for samples in (slice(start, start + size) for start in range(0, n, size)):
+        q = teacher.probabilities(samples)
+        scores = (z[:, samples].to(keys.dtype) @ keys.mT).to(z.dtype)
+        if comparison.signals:
+            values[1:] += _signals(scores, q, partners) / n
+        losses = _softmax_minus_(scores, _targets(q, partners))
+        values[0] += (losses * weights[:, samples]).sum()
+        if gradients is not None:
+            delta = scores.to(keys.dtype).flatten(0, 1)
+            scaled = z[:, samples] * (comparison.scale * weights[:, samples, None])
+            _add_product_(gradients[0], delta.mT, scaled.to(keys.dtype).flatten(0, 1))
+            gradients[1][:, samples] = (delta @ keys).view(v, -1, keys.shape[1])
+    if gradients is not None:
+        gradients[1].mul_(weights[:, :, None] * (comparison.scale / temperature))
+    return values
 
 
 def _targets(q: Tensor, partners: Partners) -> list[Tensor]:

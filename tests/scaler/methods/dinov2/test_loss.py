@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from torch import Tensor
 
-from scaler.methods.dinov2.loss import dino_loss, ibot_loss, koleo_loss
-from scaler.methods.dinov2.prototypes import Teacher
+from scaler.methods.dinov2.loss import dino, ibot, koleo_loss
+from scaler.methods.dinov2.prototypes import Comparison, CrossEntropy, Teacher, cross_entropy
 
 ALL_AT_ONCE = 1 << 30
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -39,6 +39,12 @@ def certain(q: Tensor) -> Teacher:
     return Teacher(q.log(), torch.eye(k, dtype=q.dtype), torch.zeros(k, dtype=q.dtype), 1.0)
 
 
+def compared(comparison: Comparison, prototypes: Tensor, budget: int) -> tuple[Tensor, CrossEntropy]:
+    total, (values,) = cross_entropy([comparison], prototypes, temperature=0.1, tile_elements=budget)
+    assert not values.loss.requires_grad and values.loss.item() * comparison.scale == pytest.approx(total.item())
+    return total, values
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
@@ -60,7 +66,7 @@ def test_dino_equals_the_double_loop(seed: int, n: int, num_local: int, k: int, 
         if v != t
     ]
     assert len(terms) == n * (2 + 2 * num_local)
-    actual = dino_loss(z, prototypes, teacher=certain(q), temperature=0.1, tile_elements=budget)
+    _, actual = compared(dino(z, certain(q)), prototypes, budget)
     assert float(actual.loss) == pytest.approx(math.fsum(terms) / len(terms), rel=1e-10)
     entropy = math.fsum(-p * math.log(p) for p in q.flatten().tolist()) / (2 * n * math.log(k))
     assert float(actual.entropy) == pytest.approx(entropy, rel=1e-9)
@@ -82,7 +88,7 @@ def test_dino_equals_lightly_with_gradients(dtype: torch.dtype, tolerance: float
         expected_gradients = torch.autograd.grad(expected, [z, prototypes])
         teacher = Teacher(teacher_z, teacher_prototypes, -center / 0.0625, 0.0625)
         for budget in (ALL_AT_ONCE, 2000):
-            actual = dino_loss(z, prototypes, teacher=teacher, temperature=0.1, tile_elements=budget).loss
+            actual, _ = compared(dino(z, teacher), prototypes, budget)
             assert actual.item() == pytest.approx(expected.item(), rel=tolerance)
             gradients = torch.autograd.grad(actual, [z, prototypes])
             for gradient, wanted in zip(gradients, expected_gradients, strict=True):
@@ -111,9 +117,7 @@ def test_ibot_equals_the_double_loop(seed: int, n: int, k: int, budget: int) -> 
     weights = torch.cat([torch.full((int(c),), 1 / int(c), dtype=torch.float64) for c in masks.sum(dim=1) if c])
     z, teacher = z[masks].requires_grad_(), certain(q[masks][None])
     prototypes.requires_grad_()
-    actual = ibot_loss(
-        z, prototypes, teacher=teacher, weights=weights, num_crops=n, temperature=0.1, tile_elements=budget
-    )
+    actual, _ = compared(ibot(z, teacher, weights=weights, num_crops=n), prototypes, budget)
     assert actual.item() == pytest.approx(math.fsum(expected) / n, rel=1e-10)
     plain = (F.cross_entropy(z @ prototypes.T / 0.1, q[masks], reduction="none") * weights).sum() / n
     gradients = torch.autograd.grad(actual, [z, prototypes])
@@ -137,19 +141,29 @@ def test_ibot_equals_lightly_with_gradients(dtype: torch.dtype, tolerance: float
         counts = masks.sum(dim=(1, 2))
         tolerance = max(tolerance, 1e-7)  # lightly's weights are fp32 whatever it is fed
         for budget in (ALL_AT_ONCE, 1000):
-            actual = ibot_loss(
-                z,
-                prototypes,
-                teacher=Teacher(teacher_z[None], teacher_prototypes, -center / 0.0625, 0.0625),
-                weights=(1 / counts.to(dtype)).repeat_interleave(counts),
-                num_crops=6,
-                temperature=0.1,
-                tile_elements=budget,
-            )
+            teacher = Teacher(teacher_z[None], teacher_prototypes, -center / 0.0625, 0.0625)
+            weights = (1 / counts.to(dtype)).repeat_interleave(counts)
+            actual, _ = compared(ibot(z, teacher, weights=weights, num_crops=6), prototypes, budget)
             assert actual.item() == pytest.approx(expected.item(), rel=tolerance)
             gradients = torch.autograd.grad(actual, [z, prototypes])
             for gradient, wanted in zip(gradients, expected_gradients, strict=True):
                 assert relative(gradient, wanted) < 10 * tolerance
+
+
+def test_comparisons_share_a_gradient_and_have_scales() -> None:
+    torch.manual_seed(0)
+    z, prototypes = (torch.randn(*shape, requires_grad=True).double() for shape in ((4, 3, 5), (7, 5)))
+    first, second = certain(probabilities(2, 3, 7)), certain(probabilities(1, 12, 7))
+    weights = torch.rand(12).double()
+    pairs = dino(z, first, scale=0.3), ibot(z.flatten(0, 1), second, weights=weights, num_crops=2, scale=2.0)
+    together, values = cross_entropy(pairs, prototypes, temperature=0.1, tile_elements=100)
+    apart = [compared(pair, prototypes, ALL_AT_ONCE) for pair in pairs]
+    assert together.item() == pytest.approx(sum(total.item() for total, _ in apart), rel=1e-12)
+    assert [v.loss.item() for v in values] == pytest.approx([v.loss.item() for _, v in apart], rel=1e-12)
+    gradients = [torch.autograd.grad(t, [z, prototypes]) for t in (3 * together, 3 * sum(total for total, _ in apart))]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy(pairs, prototypes, temperature=0.1, tile_elements=100)[0], together)
 
 
 def naive_koleo(features: Tensor) -> float:
