@@ -161,3 +161,15 @@ def test_weights_of_an_earlier_teacher() -> None:
 def test_settings_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_method(**changes)
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    losses = []
+    for precision in (torch.float32, torch.bfloat16):
+        method = tiny_method(**GRAM, gram_size_factor=2, drop_path=0.0)
+        (batch,) = micro_batches(method, [0, 16])
+        with torch.autocast("cpu", dtype=precision, enabled=precision is torch.bfloat16):
+            (target,) = method("combine", [method("observe", batch, NOW)], NOW)
+            losses.append(method("learn", batch, target, NOW)["metrics"]["loss/gram"])
+    assert losses[1].dtype == torch.float32 and losses[0] != losses[1]
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.03, atol=0.0)
