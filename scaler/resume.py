@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaler.checkpoint import Location
+from scaler.recipe import parse_recipe
 
 # What may change between a run and its continuation without changing its results (layout, logging, places), or with an
 # effect that the user asks for by changing it.
@@ -44,7 +45,7 @@ def check_continues(
             f"{fingerprint[:12]}): the order of images would change; restore the shards, start a new "
             "run.dir, or set checkpoint.allow_changes=[data]"
         )
-    before, now = dict(flatten(manifest["recipe"])), dict(flatten(recipe))
+    before, now = dict(flatten(_with_defaults(manifest["recipe"]))), dict(flatten(recipe))
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     changed = [k for k in changed if not k.startswith(_FREE) and k not in allowed]
     if changed:
@@ -54,6 +55,14 @@ def check_continues(
             f"run; undo the change, start a new run.dir, or set "
             f"checkpoint.allow_changes=[{','.join(changed)}]"
         )
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's recipe with the options that are newer than it, which all do nothing by default."""
+    try:
+        return parse_recipe(recipe, source="checkpoint").model_dump(mode="json")
+    except ValueError:  # of a newer version: the comparison names what is unknown here
+        return recipe
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
