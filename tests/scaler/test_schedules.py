@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaler.schedules import Duration, cosine, linear, warmup_cosine
+from scaler.schedules import Duration, cosine, linear, warmup_cosine, warmup_momentum, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,24 @@ def test_warmup_cosine_against_numpy(total, warmup):
     )
     got = [warmup_cosine(step, total=total, warmup=warmup, peak=3.0, end=0.1) for step in range(total)]
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    warmup=st.integers(0, 12),
+    milestones=st.lists(st.integers(0, 60), max_size=5, unique=True).map(sorted),
+    factor=st.floats(0.05, 0.95),
+)
+def test_steps_against_numpy(warmup, milestones, factor):
+    steps = np.arange(60)
+    expected = 3.0 * factor ** (np.array(milestones)[:, None] <= steps).sum(axis=0)
+    expected[:warmup] = np.linspace(0, 3.0, warmup)
+    got = [warmup_steps(step, warmup=warmup, peak=3.0, milestones=milestones, factor=factor) for step in steps]
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_momentum_of_an_average_warms_up():
+    got = [warmup_momentum(step, momentum=0.9) for step in (0, 1, 8, 79, 80, 81, 10**6)]
+    assert got == pytest.approx([0.1, 2 / 11, 0.5, 80 / 89, 0.9, 0.9, 0.9])
 
 
 def test_vitl_table_by_hand():
