@@ -46,8 +46,8 @@ def advice(
     usual = _BASE_LR * math.sqrt(batch / 1024)
     if optim.name == "adamw" and optim.scaled_lr(batch) > 2 * usual:
         yield (
-            f"warning: the learning rate reaches {optim.scaled_lr(batch):.2g}, and a batch of {batch} images is used "
-            f"to {usual:.2g}; set optim.lr_rule=sqrt_1024, which scales optim.lr=4e-3 by it"
+            f"warning: the learning rate reaches {optim.scaled_lr(batch):.2g}, where {usual:.2g} is usual for a batch "
+            f"of {batch} images; set optim.lr_rule=sqrt_1024 and optim.lr=4e-3 at most"
         )
     reasons = {
         "centring is sinkhorn's": ("center_momentum",) * (s.centering == "sinkhorn"),
@@ -60,9 +60,9 @@ def advice(
     yield from unread(s, reasons)
     if s.koleo_weight and s.group_size == 1:
         yield "warning: method.koleo_weight has no effect in groups of one image; raise method.group_size"
-    if s.momentum == 1:
+    if s.momentum == s.momentum_end == 1:
         yield "warning: method.momentum=1 leaves the teacher at its initial weights"
-    elif total * (1 - s.momentum) < 10:
+    elif s.momentum < 1 and total * (1 - s.momentum) < 10:
         yield (
             f"warning: with method.momentum={s.momentum} the teacher is the mean of about {1 / (1 - s.momentum):.0f} "
             f"steps, of {total} in all; lower it, to {max(0.5, 1 - 20 / max(1, total)):.2g} for example"
