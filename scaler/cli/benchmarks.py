@@ -127,6 +127,26 @@ def bench_convert(
     _show(result, as_json, as_table, as_lines)
 
 
+@benchmarks.command("loss", epilog="Example: scaler bench loss --method simclr --size 8192")
+def bench_loss(
+    method: Annotated[str, typer.Option(help="simclr or dinov2.")] = "simclr",
+    size: Annotated[int | None, typer.Option(min=2, help="Images.", show_default="2,048 or 16")] = None,
+    prototypes: Annotated[int, typer.Option(min=2, help="Of dinov2.")] = 65_536,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of each contender in a round.")] = 0.5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each one's turn.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time, peak memory and gradients of our losses, lightly's and plain torch's, on the GPU if there is one."""
+    from scaler.bench.loss import as_lines, as_table, measure
+
+    _show(
+        measure(method, size=size, prototypes=prototypes, seconds=seconds, rounds=rounds, say=_say),
+        as_json,
+        as_table,
+        as_lines,
+    )
+
+
 def _listed(text: str, all_: Sequence[str]) -> Sequence[str]:
     """An option's list: nothing given is all."""
     if text == "none":

@@ -156,7 +156,9 @@ def _compare(
     num_partners = student.new_tensor([len(p) for p in partners])
     weights = comparison.weights.to(z.dtype) * num_partners[:, None]  # [v, n]
     size = max(1, tile_elements // ((v + 2 * len(teacher.bottlenecks)) * len(keys)))
-    for samples in (slice(start, start + size) for start in range(0, n, size)):
+
+    def add_tile(samples: slice) -> None:
+        """Its own function, so that a tile's scores are gone before the next one's come."""
         q = teacher.probabilities(samples)
         scores = (z[:, samples].to(keys.dtype) @ keys.mT).to(z.dtype)
         if comparison.signals:
@@ -168,6 +170,9 @@ def _compare(
             scaled = z[:, samples] * (comparison.scale * weights[:, samples, None])
             _add_product_(gradients[0], delta.mT, scaled.to(keys.dtype).flatten(0, 1))
             gradients[1][:, samples] = (delta @ keys).view(v, -1, keys.shape[1])
+
+    for start in range(0, n, size):
+        add_tile(slice(start, start + size))
     if gradients is not None:
         gradients[1].mul_(weights[:, :, None] * (comparison.scale / temperature))
     return values

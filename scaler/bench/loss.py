@@ -1,0 +1,253 @@
+"""Forward and backward passes of the losses, ours and others', interleaved in one run: time, memory, agreement.
+
+    scaler bench loss --size 8192
+    scaler bench loss --method dinov2
+
+The others are lightly's, where it is installed, and what one writes first in plain torch: all scores in one matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.util
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from scaler.bench.rounds import interleave, ratio
+from scaler.collectives import World
+from scaler.methods.dinov2.loss import dino, ibot
+from scaler.methods.dinov2.method import DINOv2
+from scaler.methods.dinov2.prototypes import Teacher, cross_entropy
+from scaler.methods.simclr.loss import nt_xent
+
+OURS, LIGHTLY, PLAIN = "scaler", "lightly", "torch, all scores"
+SIZES = {"simclr": 2048, "dinov2": 16}
+_WIDTH = 128  # of SimCLR's embeddings
+_BOTTLENECK, _LOCAL_CROPS, _GRID, _MASKED = 256, 8, 14, 58  # DINOv2: every second crop has so many masked patches
+_TEMPERATURE, _TEACHER_TEMPERATURE = 0.1, 0.0625
+
+Step = Callable[[], list[Tensor]]  # one forward and backward pass; the gradients of its inputs
+
+
+def measure(
+    method: str,
+    *,
+    size: int | None = None,
+    prototypes: int = 65_536,
+    seconds: float = 0.5,
+    rounds: int = 3,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure the loss of one process on random embeddings, on the GPU if there is one.
+
+    Args:
+        method: simclr (NT-Xent, 128 channels) or dinov2 (DINO and iBOT, 2 + 8 crops, bottlenecks of 256).
+        size: images; None: 2,048 or 16.
+        prototypes: of dinov2.
+        seconds: of each contender in a round.
+        rounds: turns of each contender.
+
+    Returns:
+        `rows`, each with its name and `seconds` (a pass, the median of the rounds), `times` ours, `peak_bytes` that a
+        pass takes beside its inputs (None where the system does not tell) and `difference`, that of its gradients from
+        ours over their norm; or `missing`. And what was measured.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in SIZES:
+        raise ValueError(f"no loss of {method!r}; there are {', '.join(SIZES)}")
+    size, device = size or SIZES[method], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lightly = importlib.util.find_spec("lightly") is not None
+    if method == "simclr":
+        steps = _simclr(size, device=device, lightly=lightly)
+    else:
+        steps = _dinov2(size, device=device, lightly=lightly, prototypes=prototypes)
+    peaks, gradients = {}, {}
+    for name, step in steps.items():
+        say(f"memory of {name}")
+        step()  # libraries take their own memory once
+        peaks[name], gradients[name] = _peak(step, device)
+
+    def timed(step: Step) -> int:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1
+
+    timers = {name: partial(timed, step) for name, step in steps.items()}
+    blocks = interleave(timers, seconds=seconds, rounds=rounds, say=say)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "seconds": statistics.median(block.wall / block.count for block in blocks[name]),
+            "times": ratio(blocks[OURS], blocks[name], "wall"),
+            "peak_bytes": peaks[name],
+            "difference": _difference(gradients[name], gradients[OURS]),
+        }
+        for name in steps
+    ]
+    if LIGHTLY not in steps:
+        rows.append({"name": LIGHTLY, "missing": "not installed"})
+    return {
+        "method": method,
+        "size": size,
+        **({"prototypes": prototypes} if method == "dinov2" else {}),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def _difference(gradients: list[Tensor], others: list[Tensor]) -> float:
+    a, b = (torch.cat([gradient.flatten() for gradient in found]) for found in (gradients, others))
+    return float((a - b).norm() / b.norm())
+
+
+# ---------------------------------------------------------------------- contenders
+
+
+def _simclr(size: int, *, device: torch.device, lightly: bool) -> dict[str, Step]:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(2 * size, _WIDTH, generator=generator).to(device).requires_grad_()
+    itself = torch.eye(2 * size, dtype=torch.bool, device=device)
+    positives = torch.arange(2 * size, device=device).roll(size)
+
+    def plain() -> Tensor:
+        z = F.normalize(embeddings, dim=1)
+        return F.cross_entropy((z @ z.T / _TEMPERATURE).masked_fill(itself, -torch.inf), positives)
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        OURS: lambda: nt_xent(embeddings, temperature=_TEMPERATURE, world=World()).loss
+    }
+    if lightly:
+        theirs = importlib.import_module("lightly.loss").NTXentLoss(_TEMPERATURE)
+        losses[LIGHTLY] = lambda: theirs(*embeddings.chunk(2))
+    losses[PLAIN] = plain
+    return {name: partial(_gradients, loss, [embeddings]) for name, loss in losses.items()}
+
+
+def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int) -> dict[str, Step]:
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, _BOTTLENECK, generator=generator), dim=-1).to(device)
+
+    mask = torch.zeros(2 * size, _GRID**2, dtype=torch.bool, device=device)
+    mask[::2, :_MASKED] = True
+    num_tokens = int(mask.sum())
+    inputs = [unit(2 + _LOCAL_CROPS, size), unit(num_tokens), unit(prototypes)]
+    crops, tokens, keys = (x.requires_grad_() for x in inputs)
+    teacher_crops, teacher_tokens, teacher_keys = unit(2, size), unit(num_tokens), unit(prototypes)
+    weights = torch.full((num_tokens,), 1 / _MASKED, device=device)
+
+    def ours() -> Tensor:
+        shift = teacher_keys.new_zeros(prototypes)
+        first, second = (
+            Teacher(z, teacher_keys, shift, _TEACHER_TEMPERATURE) for z in (teacher_crops, teacher_tokens[None])
+        )
+        comparisons = [dino(crops, first), ibot(tokens, second, weights=weights, num_crops=2 * size)]
+        return cross_entropy(comparisons, keys, temperature=_TEMPERATURE, tile_elements=DINOv2.tile_elements)[0]
+
+    def plain() -> Tensor:
+        student, masked = ((z @ keys.T / _TEMPERATURE).log_softmax(dim=-1) for z in (crops, tokens))
+        teachers = ((z @ teacher_keys.T / _TEACHER_TEMPERATURE) for z in (teacher_crops, teacher_tokens))
+        q, masked_q = (scores.softmax(dim=-1) for scores in teachers)
+        pairs = [(q[t] * student[v]).sum(dim=-1).mean() for t in range(2) for v in range(len(student)) if v != t]
+        return -torch.stack(pairs).mean() - ((masked_q * masked).sum(dim=-1) * weights).sum() / (2 * size)
+
+    losses: dict[str, Callable[[], Tensor]] = {OURS: ours}
+    if lightly:
+        module = importlib.import_module("lightly.loss")
+        on_crops = module.DINOLoss(output_dim=prototypes, student_temp=_TEMPERATURE).to(device)
+        on_tokens = module.IBOTPatchLoss(output_dim=prototypes, student_temp=_TEMPERATURE).to(device)
+
+        def theirs() -> Tensor:
+            for loss in (on_crops.center, on_tokens.center.center):
+                loss.zero_()  # as in the first step
+            scores, teachers = [crops @ keys.T, tokens @ keys.T], [teacher_crops @ teacher_keys.T]
+            teachers.append(teacher_tokens @ teacher_keys.T)
+            warm = {"teacher_temp": _TEACHER_TEMPERATURE}
+            return on_crops(list(teachers[0]), list(scores[0]), **warm) + on_tokens(
+                teachers[1], scores[1], mask.view(-1, _GRID, _GRID), **warm
+            )
+
+        losses[LIGHTLY] = theirs
+    losses[PLAIN] = plain
+    return {name: partial(_gradients, loss, inputs) for name, loss in losses.items()}
+
+
+def _gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(), inputs))
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def _peak(step: Step, device: torch.device) -> tuple[int | None, list[Tensor]]:
+    """Most bytes beside what there was before that a step holds at once, and what it returns."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, so that it counts when it is taken again
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is that from now on
+    except (AttributeError, OSError):
+        return None, step()
+    before = _status("VmRSS")
+    result = step()
+    return _status("VmHWM") - before, result
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+# ---------------------------------------------------------------------- for people
+
+
+def as_table(result: dict[str, Any]) -> Table:
+    """A row a contender."""
+    what = {
+        "simclr": "NT-Xent of {embeddings:,} embeddings of {width}",
+        "dinov2": "DINO and iBOT of {size:,} images and {prototypes:,} prototypes",
+    }[result["method"]]
+    title = what.format(embeddings=2 * result["size"], width=_WIDTH, **{"prototypes": 0, **result})
+    where = result["device"] if result["device"] != "cpu" else f"cpu, {result['threads']} threads"
+    table = Table(title=f"{title}, fp32, forward and backward ({where})", title_justify="left")
+    table.add_column("by")
+    for column in ("seconds", "× ours", "peak MB", "gradient, from ours"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        if "missing" in row:
+            table.add_row(row["name"], row["missing"], style="dim")
+            continue
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.1f}"
+        table.add_row(row["name"], f"{row['seconds']:.3f}", f"{row['times']:.1f}", peak, f"{row['difference']:.0e}")
+    return table
+
+
+def as_lines(result: dict[str, Any]) -> Iterator[str]:
+    """The memory in words."""
+    rows = {row["name"]: row for row in result["rows"] if row.get("peak_bytes")}
+    for name in rows.keys() - {OURS} if OURS in rows else ():
+        share = 100 * rows[OURS]["peak_bytes"] / rows[name]["peak_bytes"]
+        yield f"ours takes {share:.1f} % of the memory of {name}, and its time is 1 / {rows[name]['times']:.1f}"

@@ -1,0 +1,44 @@
+"""`scaler bench loss`: every contender really runs, gives the same gradients, and takes the memory that is claimed."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from scaler.bench.loss import LIGHTLY, OURS, PLAIN, as_lines, as_table, measure
+from scaler.methods.dinov2.method import DINOv2
+from tests.scaler.test_cli import scaler
+
+LINUX = sys.platform == "linux"
+
+
+@pytest.mark.parametrize(("method", "size"), [("simclr", 1500), ("dinov2", 16)])
+def test_all_have_the_same_gradients_and_ours_the_least_memory(
+    method: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DINOv2, "tile_elements", 1 << 20)  # as small for these prototypes as the default for 65,536
+    result = measure(method, size=size, prototypes=8192, seconds=0.001, rounds=1)
+    rows = {row["name"]: row for row in json.loads(json.dumps(result))["rows"]}
+    assert list(rows) == [OURS, LIGHTLY, PLAIN] and (result["method"], result["size"]) == (method, size)
+    for name, row in rows.items():
+        assert row["seconds"] > 0 < row["times"] and row["difference"] < 1e-5
+        if LINUX and name != OURS:
+            assert rows[OURS]["peak_bytes"] < 0.25 * row["peak_bytes"]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(as_table(result))
+    text = console.export_text()
+    assert {"simclr": "3,000 embeddings of 128", "dinov2": "16 images and 8,192 prototypes"}[method] in text
+    assert len(list(as_lines(result))) == (2 if LINUX else 0)
+
+
+def test_the_command() -> None:
+    done = scaler("bench", "loss", "--size", "8", "--seconds", "0.001", "--rounds", "1", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["rows"][0]["name"] == OURS
+    assert "memory of lightly" in done.stderr
+    assert "Example: scaler bench loss" in scaler("bench", "loss", "--help").stdout
+    wrong = scaler("bench", "loss", "--method", "moco")
+    assert wrong.returncode == 1 and wrong.stderr == "error: no loss of 'moco'; there are simclr, dinov2\n"
