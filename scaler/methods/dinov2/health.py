@@ -13,7 +13,9 @@ from typing import Any
 from scaler.methods.dinov2.settings import Settings
 from scaler.methods.unread import unread
 
-_IMAGES_PER_PROTOTYPE = 4  # published: 1.28 million images for 65,536 prototypes, 20 each
+# Published: 1.28 million images for 65,536 prototypes, 20 each; reported to fail: 4,000 images, with small batches. On
+# the demo's 1,437 images 128 and 8,192 prototypes both learn (400 steps: kNN 49 % and 57 %, 2026-11-21).
+_IMAGES_PER_PROTOTYPE = 1 / 8
 _PROTOTYPES_PER_CROP = 64  # published: 65,536 prototypes for the 4,096 global crops of a batch, 16 each
 _SMALLEST_BATCH = 64  # reports of a plateau are of 12 to 32 images
 _BASE_LR = 4e-3  # AdamW's, times √(batch/1024): the largest that was published
@@ -27,11 +29,10 @@ def advice(
     """Lines of `Method.advice`."""
     s, batch, total = settings, global_batch_size, steps("total")
     if num_samples is not None and num_samples < _IMAGES_PER_PROTOTYPE * s.num_prototypes:
-        fitting = max(64, 2 ** round(math.log2(max(1, num_samples / 20))))
-        preset = ", or start from dinov2/small_data" if s.num_prototypes > 4096 else ""
+        fitting = max(64, 2 ** round(math.log2(num_samples)))
         yield (
-            f"warning: {num_samples} images for {s.num_prototypes} prototypes (published: 20 images for each): with so "
-            f"few the loss often stays flat; set method.num_prototypes={fitting}{preset}"
+            f"warning: {num_samples} images for {s.num_prototypes} prototypes: nearly all of them belong to no image "
+            f"(published: one for 20 images); set method.num_prototypes={fitting}, or start from dinov2/small_data"
         )
     if batch < _SMALLEST_BATCH:
         yield (
@@ -102,16 +103,13 @@ def symptoms(settings: Settings, row: Mapping[str, float]) -> Iterator[tuple[str
             f"prototype_entropy is {row['prototype_entropy']:.4f} and loss/dino {row['loss/dino']:.2g}: every image "
             "has the same prototype; set method.centering=sinkhorn, or raise method.teacher_temperature",
         )
-    # A student that spreads its guesses evenly pays ln K whatever the targets are.
-    if settings.dino_weight and row["loss/dino"] > 0.995 * math.log(k):
+    # A student that spreads its guesses evenly pays ln K whatever the targets are. Runs that learn are 2 % below it
+    # after a hundred steps; that two crops do not share their first prototype says little where there are many.
+    guess = math.log(k)
+    if settings.dino_weight and row["loss/dino"] > (0.98 if row["agreement"] < 1.2 / k else 0.995) * guess:
         yield (
             "guessing",
-            f"loss/dino is {row['loss/dino']:.4g}, that of guessing among {k} prototypes; raise "
-            "data.global_batch_size, lower method.num_prototypes, or check optim.lr",
-        )
-    if row["agreement"] < 1.2 / k:
-        yield (
-            "no_agreement",
-            f"student and teacher choose the same prototype as often as by chance (agreement {row['agreement']:.2g}); "
-            "lower optim.lr, or raise method.momentum",
+            f"loss/dino is {row['loss/dino']:.4g}, that of guessing among {k} prototypes ({guess:.4g}), and "
+            f"student and teacher agree on {row['agreement']:.2g} of the crops; lower or raise optim.lr, raise "
+            "data.global_batch_size, or start from weights that have learned (method.weights)",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -58,7 +59,11 @@ def test_students_that_choose_other_prototypes() -> None:
     method.student.load_state_dict(method.teacher.state_dict())
     method.student.dino_head.last_layer.weight_v.copy_(-weights)
     with torch.enable_grad():
-        assert "no_agreement" in method.symptoms(row(method))
+        found = {**row(method), "prototype_entropy": 0.5}
+    assert found["agreement"] < 0.025 and set(method.symptoms(found)) == {"guessing"}
+    near = {**found, "loss/dino": 0.985 * math.log(40)}
+    assert set(method.symptoms({**near, "agreement": 0.0})) == {"guessing"}
+    assert not method.symptoms({**near, "agreement": 0.05})
 
 
 def test_a_model_that_learns_raises_no_alarm() -> None:
@@ -101,8 +106,8 @@ def advice(**changes: Any) -> str:
     [
         ({}, ""),
         ({"num_samples": None}, ""),
-        ({"num_samples": 4000}, r"4000 images for 65536 prototypes .* method.num_prototypes=256"),
-        ({"num_samples": 4000, "num_prototypes": 256}, ""),
+        ({"num_samples": 4000}, r"4000 images for 65536 prototypes: .* method.num_prototypes=4096"),
+        ({"num_samples": 4000, "num_prototypes": 4096}, ""),
         ({"global_batch_size": 32}, "a global batch of 32 images is far below"),
         ({"global_batch_size": 256}, "65536 prototypes share 512 global crops"),
         ({"optim": {"lr_rule": "none"}, "global_batch_size": 512}, ""),
