@@ -41,6 +41,9 @@ class Average(nn.ModuleDict):
         mine = [parameter for average, _ in pairs for parameter in average.parameters()]
         theirs = [parameter for _, module in pairs for parameter in module.parameters()]
         lerp_(mine, theirs, weight)
-        for average, module in pairs:
-            for old, new in zip(average.buffers(), module.buffers(), strict=True):
-                old.lerp_(new, weight) if old.is_floating_point() else old.copy_(new)
+        buffers = [pair for average, module in pairs for pair in zip(average.buffers(), module.buffers(), strict=True)]
+        for floating in (True, False):
+            chosen = [(old, new) for old, new in buffers if old.is_floating_point() == floating]
+            if chosen:
+                old, new = (list(tensors) for tensors in zip(*chosen, strict=True))
+                torch._foreach_lerp_(old, new, weight) if floating else torch._foreach_copy_(old, new)
