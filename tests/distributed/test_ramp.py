@@ -18,21 +18,21 @@ from scaler.timetable import Timetable
 from shards.index import ShardIndex
 from tests.distributed.helper import run_distributed
 from tests.distributed.matrix import TOLERANCE, largest_difference
-from tests.long import LONG
+from tests.long import LONG, only_long
 from tests.runs import NUM_IMAGES, make_shards, rows, train_job, weights, write_recipe
 
 STAGES = [
-    {"until": "7 steps", "global_batch_size": 64, "image_size": 16},
-    {"until": "11 steps", "global_batch_size": 128},
+    {"until": "10 steps", "global_batch_size": 64, "image_size": 16},
+    {"until": "15 steps", "global_batch_size": 128},
 ]
-STEPS = 20  # the first epoch ends inside step 12, which is the first of 256 images; the second one inside step 16
-SIZES = [64] * 7 + [128] * 4 + [256] * 9
+STEPS = 20  # the first epoch ends inside step 13, the second one inside step 18
+SIZES = [64] * 10 + [128] * 5 + [256] * 5
 
 
-def recipe_for(path: Path, shards: Path) -> Path:
+def recipe_for(path: Path, method: str, shards: Path) -> Path:
     return write_recipe(
         path,
-        "simclr",
+        method,
         shards=shards,
         data={"global_batch_size": 256, "stages": STAGES},
         schedule={"total": f"{STEPS} steps"},
@@ -53,17 +53,18 @@ def killed_job(world: World, recipe: str, step: int) -> None:
     train_job(world, recipe, [])
 
 
-def test_a_ramp_that_is_killed_is_the_ramp_that_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["supervised", pytest.param("dinov2", marks=only_long)])
+def test_a_ramp_that_is_killed_is_the_ramp_that_is_not(tmp_path: Path, method: str) -> None:
     shards = make_shards(tmp_path)
     whole, killed, spread = (
-        str(recipe_for(tmp_path / f"{name}.yaml", shards)) for name in ("whole", "killed", "spread")
+        str(recipe_for(tmp_path / f"{name}.yaml", method, shards)) for name in ("whole", "killed", "spread")
     )
     run_distributed(train_job, 1, whole, [])
     wanted = rows(tmp_path / "whole")
     images = [sum(SIZES[: step + 1]) for step in range(STEPS)]
     assert [row["images"] for row in wanted] == images
 
-    for step in (8, 14) if LONG else (8,):  # after the batch has grown; the newest checkpoint is from before that
+    for step in (11, 17) if LONG else (11,):  # a step after the batch has grown; its checkpoint is from before that
         with pytest.raises(RuntimeError, match="exit code -9"):
             run_distributed(killed_job, 1, killed, step)
     run_distributed(train_job, 1, killed, [])

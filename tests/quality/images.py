@@ -79,7 +79,7 @@ def photo(kind: int, generator: np.random.Generator) -> NDArray[np.uint8]:
 def pasted_digit(scan: Field, generator: np.random.Generator) -> NDArray[np.uint8]:
     """A scan [8, 8] of ink from 0 to 1 on clutter, uint8 [SIZE, SIZE, 3]."""
     picture = ground(generator)
-    side = int(generator.integers(24, 37))
+    side = int(generator.integers(26, 38))
     top, left = generator.integers(0, SIZE - side + 1, 2)
     ink = np.zeros((SIZE, SIZE))
     ink[top : top + side, left : left + side] = _enlarged(scan, side).clip(0, 1)
@@ -93,10 +93,11 @@ def pasted_digit(scan: Field, generator: np.random.Generator) -> NDArray[np.uint
 
 
 def ground(generator: np.random.Generator) -> Field:
-    """A smoothly blotched ground with strokes and patches on it."""
-    grid = generator.uniform(0.1, 0.9, (3, 3, 3)) * 0.5 + generator.uniform(0.1, 0.9, 3) * 0.5
+    """A ground blotched in colours of about the same brightness, with strokes of any colour on it."""
+    grid = generator.uniform(-0.5, 0.5, (3, 3, 3))
     picture = np.stack([_enlarged(channel, SIZE) for channel in np.moveaxis(grid, -1, 0)], axis=-1)
-    for _ in range(generator.integers(2, 5)):
+    picture += (generator.uniform(0.2, 0.8) - picture @ _LUMA)[..., None]
+    for _ in range(generator.integers(1, 4)):
         x, y = generator.uniform(0, SIZE, 2)
         length, width = generator.uniform(3, 9), generator.uniform(0.7, 1.5)
         u, v = _turned(x, y, generator.uniform(0, np.pi), scale=1)
@@ -156,9 +157,9 @@ def _colour(luma: float, generator: np.random.Generator) -> Field:
 
 def _exposed(picture: Field, generator: np.random.Generator) -> NDArray[np.uint8]:
     """The picture through a camera: uneven light, exposure, grain."""
-    slope = generator.uniform(-0.25, 0.25, 2)
+    slope = generator.uniform(-0.15, 0.15, 2)
     light = 1 + (slope[0] * _COLUMNS + slope[1] * _ROWS) / SIZE - slope.sum() / 2
-    picture = picture * (light * generator.uniform(0.75, 1.2))[..., None] + generator.normal(0, 0.025, picture.shape)
+    picture = picture * (light * generator.uniform(0.75, 1.2))[..., None] + generator.normal(0, 0.02, picture.shape)
     return np.asarray((picture.clip(0, 1) * 255).round(), dtype=np.uint8)
 
 

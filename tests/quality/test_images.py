@@ -19,13 +19,13 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", SETS)
 def test_pictures(tmp_path: Path, name: str) -> None:
-    counts = {"train": 600, "val": 100}
+    counts = {"train": 300, "val": 60}
     write_images(name, tmp_path / "a", counts=counts)
     (x, y), (queries, labels) = read(tmp_path / "a" / "train"), read(tmp_path / "a" / "val")
-    assert x.shape == (600, SIZE, SIZE, 3) and (np.bincount(y) == 60).all() and (np.bincount(labels) == 10).all()
-    assert len(np.unique(np.concatenate([x, queries]).reshape(700, -1), axis=0)) == 700
-    neighbours = KNeighborsClassifier(5).fit(x.reshape(600, -1) / 255, y)
-    assert neighbours.score(queries.reshape(100, -1) / 255, labels) < 3 / KINDS
+    assert x.shape == (300, SIZE, SIZE, 3) and (np.bincount(y) == 30).all() and (np.bincount(labels) == 6).all()
+    assert len(np.unique(np.concatenate([x, queries]).reshape(360, -1), axis=0)) == 360
+    neighbours = KNeighborsClassifier(5).fit(x.reshape(300, -1) / 255, y)
+    assert neighbours.score(queries.reshape(60, -1) / 255, labels) < 4 / KINDS
 
     write_images(name, tmp_path / "b", counts={"train": 20, "val": 20})
     write_images(name, tmp_path / "c", counts={"train": 20, "val": 20}, seed=1)
