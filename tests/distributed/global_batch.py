@@ -96,7 +96,7 @@ def definition(case: Case) -> dict[str, Tensor]:
 def one_gradient(world: World, case: Case, layout: Layout) -> Pieces:
     """This rank's part of the gradient after what the loop does in a step."""
     strategy = strategy_class(layout.strategy)(
-        StrategySettings(name=layout.strategy, precision="fp32"),  # type: ignore[arg-type]
+        StrategySettings(name=layout.strategy, precision="fp32"),
         world=world,
         device=torch.device("cpu"),
         clip_norm=None,
