@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightly.utils.scheduler import cosine_schedule
 
 from scaler.schedules import Duration, cosine, linear, warmup_cosine, warmup_momentum, warmup_steps
 
@@ -58,6 +59,13 @@ def test_steps_against_numpy(warmup, milestones, factor):
 def test_the_momentum_of_an_average_warms_up():
     got = [warmup_momentum(step, momentum=0.9) for step in (0, 1, 8, 79, 80, 81, 10**6)]
     assert got == pytest.approx([0.1, 2 / 11, 0.5, 80 / 89, 0.9, 0.9, 0.9])
+
+
+@given(total=st.integers(1, 10**6), share=st.floats(0, 1), start=st.floats(-5, 5), end=st.floats(-5, 5))
+def test_cosine_is_lightlys(total, share, start, end):
+    step = round(share * total)
+    got = cosine(step, total=total, start=start, end=end)
+    assert got == pytest.approx(cosine_schedule(step, total + 1, start, end), rel=1e-10, abs=1e-12)
 
 
 def test_vitl_table_by_hand():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightly.models.utils import random_block_mask_image
 
 from scaler.methods.dinov2.masks import batch_masks, block_mask, mask_ratios
 
@@ -98,3 +102,25 @@ def test_tiny_grids_end(grid: tuple[int, int]) -> None:
 
 def test_probability_zero_masks_nothing() -> None:
     assert not masks(np.arange(8), batch=8, probability=0.0).any()
+
+
+@pytest.mark.parametrize("num_patches", [20, 59, 98])  # the least, the mean and the most of 0.1 … 0.5 of 196
+def test_masks_are_distributed_as_lightlys(num_patches: int) -> None:
+    random.seed(0)
+    ours = [block_mask((14, 14), num_patches=num_patches, seed=0, step=0, crop=crop) for crop in range(300)]
+    theirs = [random_block_mask_image((14, 14), num_patches).numpy() for _ in range(300)]
+    statistics: dict[str, Callable[[np.ndarray], float]] = {
+        "patches": lambda mask: mask.sum(),
+        "edges": lambda mask: (mask[1:] != mask[:-1]).sum() + (mask[:, 1:] != mask[:, :-1]).sum(),
+        "rows": lambda mask: mask.any(axis=1).sum(),
+        "columns": lambda mask: mask.any(axis=0).sum(),
+        "longest row": lambda mask: mask.sum(axis=1).max(),
+        "corners": lambda mask: mask[[0, 0, -1, -1], [0, -1, 0, -1]].sum(),
+        "middle": lambda mask: mask[6:8, 6:8].sum(),
+        "upper half": lambda mask: mask[:7].sum(),
+        "left half": lambda mask: mask[:, :7].sum(),
+    }
+    for name, statistic in statistics.items():
+        a, b = (np.array([statistic(mask) for mask in masks], dtype=float) for masks in (ours, theirs))
+        error = np.sqrt((a.var() + b.var()) / len(a))
+        assert abs(a.mean() - b.mean()) < 4 * error + 1e-9, (name, a.mean(), b.mean(), error)

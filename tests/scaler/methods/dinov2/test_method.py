@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+from lightly.models.modules.center import Center
 from torch import Tensor
 from torch.nn.functional import linear
 
 from scaler.collectives import World
-from scaler.methods.dinov2.method import DINOv2
+from scaler.methods.dinov2.method import DINOv2, Observation
 from tests.distributed.helper import run_distributed
 from tests.scaler.methods.dinov2.test_sinkhorn import naive
 from tests.scaler.methods.dinov2.tiny import micro_batches, tiny_method
@@ -128,6 +129,21 @@ def test_terms_equal_lightlys_on_the_same_outputs(separate: bool) -> None:
     shift = -method.cls_center / 0.0625
     target = method.combine([method.observe(batch, HYPER)], HYPER)[0]
     torch.testing.assert_close(target.cls_shift, shift.detach())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_centres_are_lightlys_over_many_steps(dtype: torch.dtype, tolerance: float) -> None:
+    """The centre moves by the mean score of all micro-batches, and is applied one step later."""
+    method = tiny_method(centering="softmax").to(dtype)
+    head, reference = method.teacher.dino_head, Center(size=(1, 40), momentum=0.9).to(dtype)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        parts = [torch.randn(n, 16, dtype=dtype) for n in (1 + seed % 7, 4)]
+        target = method.combine([Observation(z, z[:0]) for z in parts], HYPER)[0]
+        torch.testing.assert_close(target.cls_shift * -0.0625, reference.value[0], rtol=tolerance, atol=tolerance)
+        reference.update(head.scores(torch.cat(parts)))
+        torch.testing.assert_close(method.cls_center, reference.value[0], rtol=tolerance, atol=tolerance)
+    assert torch.equal(method.patch_center, torch.zeros(40, dtype=dtype)), "without tokens it stays"
 
 
 def test_targets_are_the_whole_matrixs_sinkhorn_and_metrics_say_what_they_should() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import timm
+from timm.optim import param_groups_layer_decay
 
 from scaler.methods.dinov2.network import Network, parameter_groups
 from scaler.methods.dinov2.settings import Settings
@@ -59,6 +62,21 @@ def test_vit_large_has_the_table_of_the_short_recipe(vit_large: Network) -> None
         row(f"{head}.last_layer.weight_g", 1.0, 1.0, head, "last_layer_lr")
         row(f"{head}.last_layer.weight_v", 1.0, 1.0, head, "last_layer_lr")
     assert not table
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_layer_decay_is_timms(depth: int) -> None:
+    sizes = {"depth": depth, "embed_dim": 12, "num_heads": 3}
+    heads = {"num_prototypes": 5, "head_hidden": 4, "head_bottleneck": 4}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes, init_values=0.1, num_classes=2, img_size=32)
+    network = Network(Settings(backbone="vit_tiny_patch16_224", patch_size=16, **sizes, **heads), image_size=32)
+    # timm counts the final norm to the last block; the original DINOv2 to the head
+    names = {id(p): name for name, p in model.named_parameters() if not name.startswith(("norm.", "head."))}
+    for decay in np.random.default_rng(depth).uniform(0.3, 1.0, size=50):
+        groups = param_groups_layer_decay(model, layer_decay=decay)
+        expected = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"] if id(p) in names}
+        actual = by_name(network, layer_decay=decay, patch_embed_lr_scale=1.0)
+        assert {name: actual[f"student.backbone.{name}"][0] for name in expected} == pytest.approx(expected, rel=1e-10)
 
 
 def test_equal_settings_share_a_group(vit_large: Network) -> None:

@@ -46,15 +46,16 @@ def test_equals_alternating_normalisation(seed: int, num_iterations: int) -> Non
 
 
 def test_equals_lightly() -> None:
-    for seed in range(10):
+    for seed in range(100):
         torch.manual_seed(seed)
-        z, prototypes = unit(64, 16), unit(100, 16)
-        for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):  # entries span many magnitudes
+        n, k = 20 + seed, 10 + 2 * seed
+        z, prototypes = unit(n, 16), unit(k, 16)
+        for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             scores = (z @ prototypes.T).to(dtype)
             shift = sinkhorn_log_scaling([z.to(dtype)], prototypes.to(dtype), temperature=0.06, world=World())
             actual = Teacher(z[None].to(dtype), prototypes.to(dtype), shift, 0.06).probabilities()[0]
             expected = sinkhorn(scores, iterations=3, epsilon=0.06)
-            torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol * 1e-2)
+            assert (actual - expected).norm() < tolerance * expected.norm()
 
 
 def test_huge_scores_stay_finite_where_exponentials_overflow() -> None:
