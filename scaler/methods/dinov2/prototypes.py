@@ -86,9 +86,10 @@ def cross_entropy(
     """Of all pairs, -Σ teacher · log softmax(student · prototypes / temperature): the scaled sum of the comparisons,
     which is differentiable, and each one's loss and signals.
 
-    Scores are computed in autocast's precision where that is on, all else in that of the student's bottlenecks.
-    Comparisons with the same prototypes belong into one call, since its gradient is as large as they are. The graph can
-    run backward once.
+    Scores are computed in bf16 where autocast says so, all else in the precision of the student's bottlenecks; under
+    fp16 they too, since gradients are formed before a loss scale could keep them from rounding to zero. Comparisons
+    with the same prototypes belong into one call, since its gradient is as large as they are. The graph can run
+    backward once.
 
     Args:
         comparisons: of a student with these prototypes.
@@ -111,8 +112,9 @@ class _CrossEntropy(torch.autograd.Function):
         prototypes: Tensor,
         *students: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        kind = prototypes.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else prototypes.dtype
+        kind, precision = prototypes.device.type, prototypes.dtype
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16:
+            precision = torch.get_autocast_dtype(kind)
         ctx.gradients = None
         if any(ctx.needs_input_grad):
             ctx.gradients = [torch.zeros_like(x) for x in (prototypes, *students)]
@@ -130,7 +132,8 @@ class _CrossEntropy(torch.autograd.Function):
             ]
         values = torch.stack(rows)
         ctx.mark_non_differentiable(values)
-        return values[:, 0] @ values.new_tensor([comparison.scale for comparison in comparisons]), values
+        scales = values.new_tensor([comparison.scale for comparison in comparisons])
+        return (values[:, 0] * scales).sum(), values
 
     @staticmethod
     @once_differentiable

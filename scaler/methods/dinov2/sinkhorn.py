@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scaler.collectives import World
@@ -59,25 +58,30 @@ def sinkhorn_log_scaling(
             # prototype's column sum to one, and a sample's normaliser is at most K, so each new sum is at least 1/K.
             sums = prototypes.new_zeros(num_prototypes)
             for scores in tiles:
-                sums += (scores + log_scaling).softmax(dim=1).sum(dim=0)
+                scores += log_scaling
+                scores -= scores.amax(dim=1, keepdim=True)
+                sums.addmv_(scores.exp_().mT, 1 / scores.sum(dim=1))
             log_sums = world.sum_(sums).log()
         log_scaling -= torch.where(log_sums.isneginf(), 0.0, log_sums)
     return log_scaling
 
 
 def _scores(bottlenecks: Sequence[Tensor], prototypes: Tensor, *, rows: int) -> Iterator[Tensor]:
-    """Scores [≤ rows, K] of all samples, tile by tile."""
+    """Scores [≤ rows, K] of all samples, tile by tile, to be changed in place: the next tile takes their memory."""
+    rows = min(rows, max((len(part) for part in bottlenecks), default=0))
+    memory = prototypes.new_empty(rows, len(prototypes))
     with full_precision(prototypes):
         for part in bottlenecks:
-            for tile in part.split(rows):
-                yield F.linear(tile, prototypes)
+            for tile in part.split(max(1, rows)) if len(part) else ():
+                yield torch.mm(tile, prototypes.mT, out=memory[: len(tile)])
 
 
 def _log_sums(tiles: Iterator[Tensor], log_sums: Tensor, *, world: World) -> Tensor:
     """log Σ over samples of exp(scores) for every prototype, [K]; nothing overflows, whatever the scores."""
     for scores in tiles:
-        if len(scores):
-            log_sums = torch.logaddexp(log_sums, scores.logsumexp(dim=0))
+        largest = scores.amax(dim=0)
+        scores -= largest
+        log_sums = torch.logaddexp(log_sums, largest + scores.exp_().sum(dim=0).log())
     largest = world.max_(log_sums.clone())
     shift = torch.where(largest.isneginf(), 0.0, largest)
     return shift + world.sum_((log_sums - shift).exp()).log()

@@ -166,6 +166,21 @@ def test_comparisons_share_a_gradient_and_have_scales() -> None:
         assert torch.equal(cross_entropy(pairs, prototypes, temperature=0.1, tile_elements=100)[0], together)
 
 
+def test_bfloat16_scores_and_what_float16_would_round_to_zero() -> None:
+    torch.manual_seed(0)
+    z, prototypes = (F.normalize(torch.randn(*shape), dim=-1).requires_grad_() for shape in ((4, 32, 16), (5000, 16)))
+    teacher = Teacher(0.8 * z[:2].detach(), prototypes.detach(), torch.zeros(5000), 0.07)
+    found = {}
+    for dtype in (None, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            total, values = compared(dino(z, teacher), prototypes, 1 << 17)
+        assert total.dtype == values.entropy.dtype == torch.float32
+        found[dtype] = [total.detach(), *torch.autograd.grad(total, [z, prototypes])]
+    for got, exact in zip(found[torch.bfloat16], found[None], strict=True):
+        assert got.dtype == torch.float32 and 1e-6 < relative(got, exact) < 0.02
+    assert all(map(torch.equal, found[torch.float16], found[None]))
+
+
 def naive_koleo(features: Tensor) -> float:
     rows = []
     for row in features.tolist():
