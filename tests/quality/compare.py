@@ -178,7 +178,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=4000, help="to train on, of each set")
     parser.add_argument("--out", type=Path, help="also write the table here, after every training")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
     found: Found = defaultdict(lambda: defaultdict(list))
 
     def add(method: str, side: str, which: str, seed: int, result: dict[str, float], began: float) -> None:
@@ -216,4 +215,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())
