@@ -49,8 +49,10 @@ def sinkhorn_log_scaling(
     """
     num_prototypes = prototypes.shape[0]
     log_scaling = prototypes.new_zeros(num_prototypes)
+    rows = min(max(1, tile_elements // num_prototypes), max((len(part) for part in bottlenecks), default=0))
+    memory = prototypes.new_empty(rows, num_prototypes)
     for iteration in range(num_iterations):
-        tiles = _scores(bottlenecks, prototypes / temperature, rows=max(1, tile_elements // num_prototypes))
+        tiles = _scores(bottlenecks, prototypes / temperature, memory)
         if iteration == 0:
             log_sums = _log_sums(tiles, prototypes.new_full((num_prototypes,), -torch.inf), world=world)
         else:
@@ -66,13 +68,11 @@ def sinkhorn_log_scaling(
     return log_scaling
 
 
-def _scores(bottlenecks: Sequence[Tensor], prototypes: Tensor, *, rows: int) -> Iterator[Tensor]:
-    """Scores [≤ rows, K] of all samples, tile by tile, to be changed in place: the next tile takes their memory."""
-    rows = min(rows, max((len(part) for part in bottlenecks), default=0))
-    memory = prototypes.new_empty(rows, len(prototypes))
+def _scores(bottlenecks: Sequence[Tensor], prototypes: Tensor, memory: Tensor) -> Iterator[Tensor]:
+    """Scores [≤ rows, K] of all samples, tile by tile in the same memory [rows, K], to be changed in place."""
     with full_precision(prototypes):
         for part in bottlenecks:
-            for tile in part.split(max(1, rows)) if len(part) else ():
+            for tile in part.split(len(memory)) if len(part) else ():
                 yield torch.mm(tile, prototypes.mT, out=memory[: len(tile)])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scaler.methods.dinov2.loss import dino, ibot, koleo_loss
 from scaler.methods.dinov2.prototypes import Comparison, CrossEntropy, Teacher, cross_entropy
+from tests.live_bytes import LiveBytes
 
 ALL_AT_ONCE = 1 << 30
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -164,6 +165,18 @@ def test_comparisons_share_a_gradient_and_have_scales() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         assert torch.equal(cross_entropy(pairs, prototypes, temperature=0.1, tile_elements=100)[0], together)
+
+
+@pytest.mark.parametrize("n", [32, 128])
+def test_scores_take_their_budget_and_the_gradient_is_there_once(n: int) -> None:
+    z, prototypes = (torch.randn(*shape, requires_grad=True) for shape in ((10, n, 16), (4000, 16)))
+    tokens, shift, budget = z[0].repeat(10, 1), torch.zeros(4000), 1 << 18
+    first, second = (Teacher(x.detach(), prototypes.detach(), shift, 0.07) for x in (z[:2], tokens[None]))
+    with LiveBytes() as memory:
+        pairs = [dino(z, first), ibot(tokens, second, weights=shift[: len(tokens)], num_crops=n)]
+        cross_entropy(pairs, prototypes, temperature=0.1, tile_elements=budget)[0].backward()
+    inputs = z.numel() + tokens.numel()
+    assert memory.peak < 4 * (1.1 * budget + prototypes.numel() + 4 * inputs)
 
 
 def test_bfloat16_scores_and_what_float16_would_round_to_zero() -> None:

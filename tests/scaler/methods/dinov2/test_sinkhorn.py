@@ -11,6 +11,7 @@ from scaler.collectives import World
 from scaler.methods.dinov2.prototypes import Teacher
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from tests.distributed.helper import run_distributed
+from tests.live_bytes import LiveBytes
 
 
 def unit(*shape: int) -> Tensor:
@@ -71,6 +72,14 @@ def test_huge_scores_stay_finite_where_exponentials_overflow() -> None:
 def test_no_samples_anywhere_give_zeros() -> None:
     shift = sinkhorn_log_scaling([torch.zeros(0, 8)], unit(12, 8).float(), temperature=0.04, world=World())
     assert torch.equal(shift, torch.zeros(12))
+
+
+@pytest.mark.parametrize("n", [500, 2000])
+def test_memory_is_the_budgets(n: int) -> None:
+    z, prototypes, budget = unit(n, 16), unit(3000, 16), 1 << 17
+    with LiveBytes() as memory:
+        sinkhorn_log_scaling([z], prototypes, temperature=0.05, world=World(), tile_elements=budget)
+    assert memory.peak < 8 * (budget + 2 * prototypes.numel())
 
 
 def job(world: World, z: Tensor, prototypes: Tensor, cuts: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from scaler.collectives import World
 from scaler.methods.simclr.loss import nt_xent
 from tests.distributed.helper import run_distributed
+from tests.live_bytes import LiveBytes
 
 
 def naive(embeddings: Tensor, temperature: float) -> Tensor:
@@ -105,6 +106,14 @@ def test_metrics() -> None:
     assert uniform.embedding_std.item() == pytest.approx(1.0, abs=0.02)
     swapped = torch.cat([torch.eye(4), torch.eye(4)[[1, 0, 2, 3]]])
     assert nt_xent(swapped, temperature=0.1, world=World()).accuracy == 0.5
+
+
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_memory_is_two_tiles_and_what_is_as_large_as_the_embeddings(n: int) -> None:
+    x = random(n // 2, 8, 0, torch.float32).requires_grad_()
+    with LiveBytes() as memory:
+        nt_xent(x, temperature=0.1, world=World(), side=256).loss.backward()
+    assert memory.peak < 4 * (2 * 256 * 256 + 12 * x.numel())
 
 
 def test_what_cannot_be_computed_is_refused() -> None:
