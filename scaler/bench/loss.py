@@ -12,7 +12,6 @@ import ctypes
 import gc
 import importlib
 import importlib.util
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from scaler.bench.rounds import interleave, ratio
+from scaler.bench.rounds import interleave, rate, ratio
 from scaler.collectives import World
 from scaler.methods.dinov2.loss import dino, ibot
 from scaler.methods.dinov2.method import DINOv2
@@ -58,7 +57,7 @@ def measure(
         rounds: turns of each contender.
 
     Returns:
-        `rows`, each with its name and `seconds` (a pass, the median of the rounds), `times` ours, `peak_bytes` that a
+        `rows`, each with its name, `seconds` and `cpu_seconds` of a pass (medians), `times` ours, `peak_bytes` that a
         pass takes beside its inputs (None where the system does not tell) and `difference`, that of its gradients from
         ours over their norm; or `missing`. And what was measured.
 
@@ -90,7 +89,8 @@ def measure(
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "seconds": statistics.median(block.wall / block.count for block in blocks[name]),
+            "seconds": 1 / rate(blocks[name], "wall"),
+            "cpu_seconds": 1 / rate(blocks[name], "cpu"),
             "times": ratio(blocks[OURS], blocks[name], "wall"),
             "peak_bytes": peaks[name],
             "difference": _difference(gradients[name], gradients[OURS]),
@@ -234,20 +234,21 @@ def as_table(result: dict[str, Any]) -> Table:
     where = result["device"] if result["device"] != "cpu" else f"cpu, {result['threads']} threads"
     table = Table(title=f"{title}, fp32, forward and backward ({where})", title_justify="left")
     table.add_column("by")
-    for column in ("seconds", "× ours", "peak MB", "gradient, from ours"):
+    for column in ("seconds", "× ours", "CPU s", "peak MB", "gradient, from ours"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         if "missing" in row:
             table.add_row(row["name"], row["missing"], style="dim")
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.1f}"
-        table.add_row(row["name"], f"{row['seconds']:.3f}", f"{row['times']:.1f}", peak, f"{row['difference']:.0e}")
+        times = f"{row['seconds']:.3f}", f"{row['times']:.1f}", f"{row['cpu_seconds']:.3f}"
+        table.add_row(row["name"], *times, peak, f"{row['difference']:.0e}")
     return table
 
 
 def as_lines(result: dict[str, Any]) -> Iterator[str]:
-    """The memory in words."""
-    rows = {row["name"]: row for row in result["rows"] if row.get("peak_bytes")}
-    for name in rows.keys() - {OURS} if OURS in rows else ():
-        share = 100 * rows[OURS]["peak_bytes"] / rows[name]["peak_bytes"]
-        yield f"ours takes {share:.1f} % of the memory of {name}, and its time is 1 / {rows[name]['times']:.1f}"
+    """What it means in words."""
+    mine, *others = (row for row in result["rows"] if "missing" not in row)
+    for row in others:
+        share = "" if row["peak_bytes"] is None else f", {100 * mine['peak_bytes'] / row['peak_bytes']:.1f} % of memory"
+        yield f"ours, against {row['name']}: {row['times']:.1f} times as fast{share}"

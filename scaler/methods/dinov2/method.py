@@ -35,7 +35,7 @@ from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
 from shards.decode import View
 
-_TILE_ELEMENTS = 1 << 25  # most prototype scores in memory at a time (128 MiB in fp32)
+_TILE_ELEMENTS = 1 << 24  # most prototype scores in memory at a time (64 MiB in fp32)
 
 
 @dataclass(frozen=True)
