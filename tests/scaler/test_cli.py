@@ -34,7 +34,7 @@ RECIPE = {
 }
 _NAMES = (
     "convert, index, verify, train, batch, eval knn, demo, launch, "
-    "checkpoint show, checkpoint verify, checkpoint convert, bench checkpoint"
+    "checkpoint show, checkpoint verify, checkpoint convert, bench checkpoint, bench loss"
 )
 COMMANDS = [name.split() for name in _NAMES.split(", ")]
 
