@@ -261,3 +261,18 @@ def test_koleo_of_one_image_is_zero() -> None:
 
 def test_half_precision_features_are_widened() -> None:
     assert koleo_loss(torch.randn(4, 8).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_what_the_cpu_gives() -> None:
+    torch.manual_seed(0)
+    z, prototypes, teacher_z = (torch.randn(*shape) / 4 for shape in ((6, 32, 16), (500, 16), (2, 32, 16)))
+    found = []
+    for device, dtype in (("cpu", None), ("cuda", None), ("cuda", torch.bfloat16)):
+        inputs = [x.to(device).requires_grad_() for x in (z, prototypes)]
+        teacher = Teacher(teacher_z.to(device), prototypes.to(device), torch.zeros(500, device=device), 0.07)
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            total, _ = compared(dino(inputs[0], teacher), inputs[1], 1 << 15)
+        found.append([x.cpu() for x in (total.detach(), *torch.autograd.grad(total, inputs))])
+    for exact, full, half in zip(*found, strict=True):
+        assert relative(full, exact) < 1e-5 and relative(half, exact) < 0.02
