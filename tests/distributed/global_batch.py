@@ -1,4 +1,4 @@
-"""The gradient of SimCLR's global batch of 256 on every layout, against the definition on one process.
+"""The gradient of SimCLR's global batch of 256 on every layout, against the definition in float64 on one process.
 
     python -m tests.distributed.global_batch            # prints a Markdown table; exit code 1 where it is not exact
 
@@ -10,7 +10,7 @@ all ranks. A part of the table with small models is in the default tests (test_g
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,25 +25,27 @@ from scaler.strategies import STRATEGIES, strategy_class
 from tests.distributed.helper import run_distributed
 
 BATCH = 256
-TOLERANCE = 1e-5
 
 _VIT = {"backbone": "vit_tiny_patch16_224", "patch_size": 8, "temperature": 0.2}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its images, and the precision in which the definition is worked out."""
+    """A model, the size of its images, the precision in which it runs, and what may be lost by that."""
 
     name: str
     image_size: int
     settings: dict[str, Any]
-    dtype: torch.dtype = torch.float64
+    dtype: torch.dtype = torch.float32
+    tolerance: float = 1e-5
 
 
 VIT = Case("ViT, head with batch norm", 32, {**_VIT, "depth": 4, "embed_dim": 96, "num_heads": 3})
 DROP_PATH = Case("ViT, drop path 0.3", 32, {**VIT.settings, "drop_path": 0.3, "group_size": 32})
-# At the kinks of ReLU and max-pooling rounding decides: between float32 and float64 that alone makes more than 1e-5.
-RESNET = Case("ResNet-18, global batch norm", 32, {"backbone": "resnet18", "temperature": 0.2}, torch.float32)
+# At the kinks of ReLU and max-pooling rounding decides, and of so many activations some lie there: in float32 a few
+# gradients go another way, on one process too. In float64 none does (ZeRO keeps its gradients in float32 all the same).
+RESNET = Case("ResNet-18, global batch norm", 32, {"backbone": "resnet18", "temperature": 0.2}, tolerance=1e-3)
+RESNET_64 = replace(RESNET, name=f"{RESNET.name}, float64", dtype=torch.float64, tolerance=1e-6)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ Pieces = dict[str, tuple[int, Tensor, int]]  # parameter: where the rank's part 
 def make_method(case: Case, *, world: World) -> SimCLR:
     """The same initial weights every time."""
     torch.manual_seed(0)
-    return SimCLR(SimCLR.Settings(**case.settings), image_size=case.image_size, world=world)
+    return SimCLR(SimCLR.Settings(**case.settings), image_size=case.image_size, world=world).to(case.dtype)
 
 
 def make_batch(case: Case, rows: range) -> Batch:
@@ -83,11 +85,11 @@ def make_batch(case: Case, rows: range) -> Batch:
 
 
 def definition(case: Case) -> dict[str, Tensor]:
-    """The gradient by plain autograd on the whole batch and the full matrix of similarities."""
-    method = make_method(case, world=World()).to(case.dtype)
+    """The gradient by plain autograd on the whole batch and the full matrix of similarities, in float64."""
+    method = make_method(case, world=World()).double()
     batch = method.augment(make_batch(case, range(BATCH)), seed=1, step=0)
     keep = None if batch["keep"] is None else [batch["keep"]]
-    z = nn.functional.normalize(method.head(method.backbone([batch["images"].to(case.dtype)], keep=keep)[0].cls))
+    z = nn.functional.normalize(method.head(method.backbone([batch["images"].double()], keep=keep)[0].cls))
     scores = (z @ z.T / method.settings.temperature).masked_fill(torch.eye(2 * BATCH, dtype=torch.bool), -torch.inf)
     nn.functional.cross_entropy(scores, torch.arange(2 * BATCH).roll(BATCH)).backward()
     return {name: p.grad.flatten() for name, p in method.named_parameters() if p.grad is not None}
@@ -110,6 +112,7 @@ def one_gradient(world: World, case: Case, layout: Layout) -> Pieces:
         method.augment(make_batch(case, range(start, start + size)), seed=1, step=0)
         for start in range(share * world.rank, share * (world.rank + 1), size)
     ]
+    batches = [{**batch, "images": batch["images"].to(case.dtype)} for batch in batches]
     targets: list[Any] = [None] * len(batches)
     if method.observes(len(batches)):
         targets = strategy("combine", [strategy("observe", batch, {}) for batch in batches], {})
@@ -156,18 +159,17 @@ def differences(num_ranks: int, jobs: list[tuple[Case, Layout]], wanted: dict[st
 def main() -> int:
     """Measure all layouts and print the table."""
     layouts = [(case, *layout) for case in (VIT, DROP_PATH) for layout in ((1, 1), (1, 4), (2, 2))]
-    layouts += [(RESNET, num_ranks, 1) for num_ranks in (1, 2, 4)]
-    wanted = {case.name: definition(case) for case in (VIT, DROP_PATH, RESNET)}
-    largest = 0.0
+    layouts += [(case, num_ranks, 1) for case in (RESNET, RESNET_64) for num_ranks in (1, 2, 4)]
+    wanted = {case.name: definition(case) for case in (VIT, DROP_PATH, RESNET, RESNET_64)}
+    exact = True
     print(f"| | ranks × micro-batches × images | {' | '.join(STRATEGIES)} |")
     print("|---" * (2 + len(STRATEGIES)) + "|")
     for case, num_ranks, num_micro_batches in layouts:
-        jobs = [(case, Layout(name, num_micro_batches)) for name in STRATEGIES]
-        found = differences(num_ranks, jobs, wanted)
-        largest = max(largest, *found)
+        found = differences(num_ranks, [(case, Layout(name, num_micro_batches)) for name in STRATEGIES], wanted)
+        exact &= max(found) <= case.tolerance
         layout = f"{num_ranks} × {num_micro_batches} × {BATCH // num_ranks // num_micro_batches}"
         print(f"| {case.name} | {layout} | {' | '.join(f'{value:.1e}' for value in found)} |", flush=True)
-    return int(largest > TOLERANCE)
+    return int(not exact)
 
 
 if __name__ == "__main__":
