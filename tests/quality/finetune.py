@@ -1,6 +1,6 @@
 """What pre-training is worth when labels are few: fine-tuning on 10 % of them, beside training from scratch.
 
-    python -m tests.quality.finetune                   # about 4 minutes of one core: a Markdown table
+    python -m tests.quality.finetune                   # some minutes of one core: a Markdown table
     python -m tests.quality.finetune --seeds 1 --pretraining 100
 
 The product from end to end on the digits of `scaler demo`: PNG files → shards → simclr/demo on all 1,437 training
