@@ -89,11 +89,11 @@ class _Loss(torch.autograd.Function):
             sides = [(rows, 1), (columns, 0)] if mirrored else [(rows, 1)]
             for anchor, dim in sides:
                 torch.maximum(best[anchor], scores.amax(dim=dim), out=best[anchor])
-            scores.exp_()
+            scores.exp2_()
             for anchor, dim in sides:
                 others[anchor] += scores.sum(dim=dim)
         loss = torch.logaddexp(others.log() - own, own.new_zeros(())).mean()  # precise where it is almost 0
-        accuracy = (own - best > 8 * torch.finfo(z.dtype).eps / temperature).to(z.dtype).mean()
+        accuracy = (own - best * math.log(2) > 8 * torch.finfo(z.dtype).eps / temperature).to(z.dtype).mean()
         if ctx.needs_input_grad[0]:
             total = others + own.exp()
             gradient = _gradient(z, keys, total, others / total, temperature=temperature, world=world, side=side)
@@ -119,7 +119,7 @@ def _gradient(
     # A positive's weight is p_i + p_j - 2: written so, nothing cancels where these probabilities are almost 1.
     gradient = -(missing + missing.roll(a // 2))[:, None] * z.roll(a // 2, dims=0)
     for rows, columns, scores, mirrored in _tiles(z, keys, temperature, side):
-        weights = scores.exp_().mul_(inverse[rows, None] + inverse[columns])
+        weights = scores.exp2_().mul_(inverse[rows, None] + inverse[columns])
         gradient[rows].addmm_(weights, keys[columns])
         if mirrored:
             gradient[columns].addmm_(weights.T, z[rows])
@@ -134,6 +134,8 @@ def _own_first(gathered: Tensor, a: int, world: World) -> Tensor:
 def _tiles(z: Tensor, keys: Tensor, temperature: float, side: int) -> Iterator[tuple[slice, slice, Tensor, bool]]:
     """Every pair's score once, in tiles: rows (anchors), columns (keys), scores [≤ side, ≤ side], mirrored.
 
+    Scores are divided by ln 2, since torch has exp2 several times as fast as exp.
+
     A tile above the diagonal also stands for the one below it (mirrored); an anchor's scores with itself and with its
     positive are -inf. Scores are to be changed in place: the next tile takes their memory.
     """
@@ -145,7 +147,7 @@ def _tiles(z: Tensor, keys: Tensor, temperature: float, side: int) -> Iterator[t
             columns = slice(c, min(c + side, a if c < a else n))
             shape = (rows.stop - r, columns.stop - c)
             scores = memory[: shape[0] * shape[1]].view(shape)
-            scores.addmm_(z[rows], keys[columns].T, beta=0, alpha=1 / temperature)
+            scores.addmm_(z[rows], keys[columns].T, beta=0, alpha=1 / (temperature * math.log(2)))
             if c < a:
                 for partner in (0, a // 2, -(a // 2)):
                     scores.diagonal(r + partner - c).fill_(-torch.inf)
