@@ -14,6 +14,7 @@ import pytest
 
 from launch.job import Job
 from launch.slurm import plan
+from tests.long import only_long
 from tests.runs import make_shards, rows, write_recipe
 from tests.slurm import Cluster, slurm
 
@@ -109,6 +110,7 @@ def test_a_job_that_was_interrupted_ends_as_the_unbroken_one(
     assert "2 ranks" in text
 
 
+@only_long
 def test_a_failure_and_scancel_are_not_undone(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
     recipe = str(recipe_for(tmp_path / "first.yaml", shards))
     stale, cancelled = tmp_path / "stale", tmp_path / "cancelled"

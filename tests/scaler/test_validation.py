@@ -20,6 +20,7 @@ from shards.index import ShardIndex
 from shards.loader import evaluation_batches
 from tests.distributed.helper import run_distributed
 from tests.images import make_image_folder
+from tests.long import only_long
 from tests.runs import CLASSES, make_shards, rows, train_job, weights, write_recipe
 
 NUM_HELD_OUT = 53  # a prime: it fills no batch and no number of ranks
@@ -88,7 +89,7 @@ def test_every_image_is_scored_once_and_training_goes_on_as_if_nothing_had_been(
     assert all(value.equal(before[name]) for name, value in weights(tmp_path / "with" / last).items())
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), ("zero3", 2), ("ddp", 3)])
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), ("zero3", 2), pytest.param("ddp", 3, marks=only_long)])
 def test_every_layout_gives_the_same_scores(shards, held_out, tmp_path, strategy, ranks):
     alone = recipe(tmp_path / "alone.yaml", shards, held_out, evaluate={"every": "4 steps"})
     assert main([str(alone)]) == 0

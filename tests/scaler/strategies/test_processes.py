@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from scaler.strategies.processes import dismiss, join, meet, wait_for_end
+from tests.long import only_long
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def start(size: int, port: int, *, ranks: int, late: dict[int, float]) -> dict[i
     return found
 
 
-@pytest.mark.parametrize("late", [{}, {0: 1.0}, {1: 1.0}])
+@pytest.mark.parametrize("late", [pytest.param({}, marks=only_long), {0: 1.0}, pytest.param({1: 1.0}, marks=only_long)])
 def test_several_starts_in_one_store(store, late):
     """The second start finds the words of the first, and those of a third that died while it met."""
     for attempt in range(2):
