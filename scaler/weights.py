@@ -54,7 +54,8 @@ def read_weights(source: str, *, backbone: str) -> Weights:
     if is_timm(source):
         return _from_timm(source.partition(":")[2] or backbone)
     place = locate(source)
-    if place.name.endswith(FILES):
+    missing = isinstance(place, Path) and not place.exists()
+    if place.name.endswith(FILES) and not missing:
         return _from_file(place)
     if isinstance(place, Path) and not place.is_dir():
         what = f"is a file that does not end in {', '.join(FILES)}" if place.is_file() else "does not exist"

@@ -126,7 +126,7 @@ def test_bad_files_are_one_line_errors_and_nothing_is_unpickled(model: Any, tmp_
         with pytest.raises(ValueError, match=message) as error:
             read_weights(str(tmp_path / name), backbone=VIT)
         assert "\n" not in str(error.value) and name in str(error.value)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="does not exist; give weights as"):
         read_weights(str(tmp_path / "missing.pth"), backbone=VIT)
     assert len(read_weights(str(tmp_path / "loop.pth"), backbone=VIT).tensors) < 10
     assert "never be printed" not in "".join(capfd.readouterr())
