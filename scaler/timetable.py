@@ -107,9 +107,11 @@ class Timetable:
 
     def due(self, interval: str, step: int) -> bool:
         """Whether an interval ends with the update that makes `step` of them: "100 steps", or each time that so many
-        images or epochs have been passed.
+        images or epochs have been passed. One of length 0 never does.
         """
         duration = Duration.parse(interval)
+        if not duration.amount:
+            return False
         if duration.unit == "steps":
             return step % math.ceil(duration.amount) == 0
         length = duration.images(self.num_samples)

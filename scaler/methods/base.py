@@ -11,22 +11,24 @@ A method never calls backward, never moves devices, and never asks which strateg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from scaler.collectives import World
-from scaler.nn.weights import Weights
 from shards.decode import View
+
+if TYPE_CHECKING:
+    from scaler.nn.weights import Weights  # at run time it would cost every command the import of timm
 
 Stage = Literal["observe", "combine", "learn", "evaluate"]
 Batch = dict[str, Any]
 Hyper = dict[str, float]
 Channels = tuple[float, float, float]
 Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
-ReadWeights = Callable[..., Weights]  # scaler.weights.read_weights(source, backbone=…)
+ReadWeights = Callable[..., "Weights"]  # scaler.weights.read_weights(source, backbone=…)
 
 
 class Method(nn.Module):

@@ -66,6 +66,7 @@ def test_stages_are_what_counting_step_by_step_gives(stages, length, every):
         due += [step] if images // every > (images - size) // every else []
     assert [s for s in range(1, 81) if table.due(f"{every} images", s)] == due
     assert [s for s in range(1, 81) if table.due("7 steps", s)] == list(range(7, 81, 7))
+    assert not any(table.due(f"0 {unit}", s) for unit in ("steps", "images") for s in range(1, 81))
 
 
 def test_stages_in_epochs_and_images():
