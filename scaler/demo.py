@@ -33,7 +33,7 @@ from scaler.digits import SIZE, write_digits
 from scaler.evals.checkpoints import load_for_evaluation
 from scaler.evals.features import extract_features
 from scaler.evals.knn import knn_accuracy
-from scaler.evals.visualize import demo_figure
+from scaler.show.figures import demo_figure
 from shards.decode import View
 from shards.index import ShardIndex
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from scaler.evals.visualize import demo_figure, embedding_picture, loss_curves, plane, principal_components
+from scaler.show.figures import demo_figure, embedding_picture, loss_curves
+from scaler.show.projections import plane, principal_components
 
 
 def write_metrics(path: Path, losses: list[float | None]) -> Path:
