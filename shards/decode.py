@@ -34,6 +34,7 @@ __all__ = [
     "DecodeError",
     "ImageInfo",
     "View",
+    "boxes",
     "decode_into",
     "decode_picture",
     "decode_views",
@@ -156,6 +157,12 @@ def decode_into(
         cut(target, picture, cuts, interpolation=view.interpolation)
     seconds.decode += decoded - started
     seconds.resize += time.perf_counter() - decoded
+
+
+def boxes(view: View, info: ImageInfo, *, seed: int, epoch: int, sample_id: int) -> list[Cut]:
+    """Where the copies of a view are cut from the picture as shown, a `Cut` each, in its pixels."""
+    numbers = draw(view, seed=seed, epoch=epoch, sample_id=sample_id)
+    return [_plan(view, info, copy) for copy in numbers.tolist()]
 
 
 def _fits(c: Cut, scale: int) -> bool:

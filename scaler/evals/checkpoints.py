@@ -38,9 +38,9 @@ class BareBackbone(Method):
         super().__init__(None, image_size=image_size, world=World())
         self.backbone, self.normalization = backbone, normalization
 
-    def features(self, images: Tensor) -> Tensor:
-        """See `Method.features`."""
-        return self.backbone.pooled(images)
+    def evaluated_backbone(self) -> Backbone:
+        """See `Method.evaluated_backbone`."""
+        return self.backbone
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ A method never calls backward, never moves devices, and never asks which strateg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -21,6 +22,8 @@ from scaler.collectives import World
 from shards.decode import View
 
 if TYPE_CHECKING:
+    from scaler.nn.base import Backbone
+    from scaler.nn.color import Color
     from scaler.nn.weights import Weights  # at run time it would cost every command the import of timm
 
 Stage = Literal["observe", "combine", "learn", "evaluate"]
@@ -29,6 +32,26 @@ Hyper = dict[str, float]
 Channels = tuple[float, float, float]
 Lerp = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 ReadWeights = Callable[..., "Weights"]  # scaler.weights.read_weights(source, backbone=…)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One copy of a view of m images as the network gets it, for people to look at.
+
+    Attributes:
+        view, copy: which of the loader's views, and which of its copies.
+        images: normalised float32 [m, 3, h, w], or uint8 where the network normalises them.
+        color: what its colours were drawn from, by `sample_color`.
+        masks: bool [m, h', w'], the patches that the student does not see; None: it sees all.
+        notes: a line of its own for each image, [m], or none at all.
+    """
+
+    view: str
+    copy: int
+    images: Tensor
+    color: Color
+    masks: Tensor | None = None
+    notes: Sequence[str] = ()
 
 
 class Method(nn.Module):
@@ -101,6 +124,10 @@ class Method(nn.Module):
         `positions` and `labels` int64 [m] (position inside the global batch; all three on the CPU), and
         `global_batch_size` int. Every random parameter is keyed by (seed, epoch, id, view) or (seed, step, …).
         """
+        raise NotImplementedError
+
+    def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
+        """What `augment` made of a loader batch, in the order of `views` and their copies."""
         raise NotImplementedError
 
     def observes(self, num_micro_batches: int) -> bool:
@@ -180,6 +207,10 @@ class Method(nn.Module):
     def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
         """Called after every optimiser step; `lerp_(targets, sources, weight)` works on local shards."""
 
-    def features(self, images: Tensor) -> Tensor:
-        """Evaluation features, float [n, dim], of normalised images, float [n, 3, h, w] (teacher or backbone)."""
+    def evaluated_backbone(self) -> Backbone:
+        """The backbone that is evaluated: the teacher's or the averaged one where there is such a thing."""
         raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:
+        """Evaluation features, float [n, dim], of normalised images, float [n, 3, h, w]."""
+        return self.evaluated_backbone().pooled(images)

@@ -220,9 +220,10 @@ class PooledMethod(Method):
             live = {name: getattr(self, name) for name in self.average}
             self.average.follow_(live, weight=1.0 - hyper["momentum"], lerp_=lerp_)
 
-    def features(self, images: Tensor) -> Tensor:
-        """The backbone's features, averaged weights if there are any; the head is for training only."""
-        return self.evaluated("backbone").pooled(images)
+    def evaluated_backbone(self) -> Backbone:
+        """See `Method.evaluated_backbone`: with averaged weights if there are any; the head is for training only."""
+        backbone: Backbone = self.evaluated("backbone")
+        return backbone
 
     def _keep(self, batch: Batch, *, copies: int, kind: str, seed: int, step: int) -> Tensor | None:
         """The rows of `copies` views of each image that run each residual branch, on the CPU; None: all rows."""

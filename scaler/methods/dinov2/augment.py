@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaler.methods.base import Batch
+from scaler.methods.base import Batch, Shown
 from scaler.methods.dinov2.masks import batch_masks
 from scaler.methods.dinov2.settings import Settings
 from scaler.nn.color import Color, apply_color, sample_color
@@ -73,6 +73,22 @@ def color_crops(
             kind = "local" if view == "local" else "global"
             crops[kind].append(apply_color(images, parameters, mean=mean, std=std))
     return [torch.cat(parts) for parts in crops.values() if parts]
+
+
+def shown_crops(batch: Batch, augmented: Batch, colors: dict[str, Color]) -> list[Shown]:
+    """The crops of `color_crops` one by one, the global ones with their masks, and what the gram teacher sees."""
+    m = len(batch["ids"])
+    crops = {kind: part.split(m) for kind, part in zip(("global", "local"), augmented["crops"], strict=False)}
+    size, num_patches = crops["global"][0].shape[-2:], augmented["masks"].shape[1]
+    rows = round((num_patches * size[0] / size[1]) ** 0.5)
+    masks = augmented["masks"].view(2, m, rows, -1)
+    shown = [
+        Shown(name, 0, images, colors[name], masks=mask)
+        for name, images, mask in zip(GRAM, crops["global"], masks, strict=True)
+    ]
+    shown += [Shown("local", copy, images, colors["local"]) for copy, images in enumerate(crops.get("local", ()))]
+    larger = [name for name in GRAM.values() if name in batch["views"]]
+    return shown + [Shown(name, 0, batch["views"][name][0], Color()) for name in larger]
 
 
 def gram_crops(batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights
+from scaler.methods.base import Batch, Hyper, Lerp, Method, ReadWeights, Shown
 from scaler.methods.dinov2 import augment, health, loss
 from scaler.methods.dinov2.gram import gram_loss, to_grid
 from scaler.methods.dinov2.network import Network, parameter_groups
@@ -31,6 +31,7 @@ from scaler.methods.dinov2.weights import load_centers_, load_heads_
 from scaler.nn.backbones import check_image_size
 from scaler.nn.dino_head import DINOHead
 from scaler.nn.precision import at_least_fp32, full_precision
+from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
 from shards.decode import View
@@ -159,6 +160,10 @@ class DINOv2(Method):
             **{name: value.to(device, non_blocking=True) for name, value in masks.items()},
             **({} if self.gram_teacher is None else {"gram": augment.gram_crops(batch)}),
         }
+
+    def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
+        """See `Method.shown`."""
+        return augment.shown_crops(batch, augmented, self.colors)
 
     # ------------------------------------------------------------------ one step
 
@@ -337,9 +342,9 @@ class DINOv2(Method):
         backbones = [self.student.backbone, self.teacher.backbone, self.gram_teacher]
         return [block for backbone in backbones if backbone is not None for block in backbone.blocks()]
 
-    def features(self, images: Tensor) -> Tensor:
-        """See `Method.features`: the teacher's class token after the final norm."""
-        return self.teacher.backbone.pooled(images)
+    def evaluated_backbone(self) -> PackedViT:
+        """See `Method.evaluated_backbone`: the teacher's, whose feature is the class token after the final norm."""
+        return self.teacher.backbone
 
 
 def embedding_std(groups: Tensor) -> Tensor:

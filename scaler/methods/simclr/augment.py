@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scaler.methods.base import Batch
+from scaler.methods.base import Batch, Shown
 from scaler.methods.simclr.settings import SimCLRSettings
 from scaler.nn.color import Color, apply_color, sample_color
 from shards.decode import View
@@ -46,3 +46,9 @@ def color_views(
         parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
         parts.append(apply_color(batch["views"][name][0], parameters, mean=mean, std=std))
     return torch.cat(parts)
+
+
+def shown_views(batch: Batch, augmented: Batch, settings: SimCLRSettings) -> list[Shown]:
+    """The two views of `color_views` one by one."""
+    color = make_color(settings, image_size=batch["views"][VIEWS[0]].shape[-1])
+    return [Shown(name, 0, images, color) for name, images in zip(VIEWS, augmented["images"].chunk(2), strict=True)]

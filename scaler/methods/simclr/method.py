@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Hyper
+from scaler.methods.base import Batch, Hyper, Shown
 from scaler.methods.pooled import PooledMethod
 from scaler.methods.simclr import health
-from scaler.methods.simclr.augment import color_views, make_views
+from scaler.methods.simclr.augment import color_views, make_views, shown_views
 from scaler.methods.simclr.loss import nt_xent
 from scaler.methods.simclr.settings import SimCLRSettings
 from scaler.nn.batch_norm import frozen_statistics
@@ -59,6 +59,10 @@ class SimCLR(PooledMethod):
         images = color_views(batch, self.settings, seed=seed, mean=mean, std=std)
         keep = self._keep(batch, copies=2, kind="views", seed=seed, step=step)
         return {"images": images, "keep": None if keep is None else keep.to(images.device, non_blocking=True)}
+
+    def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
+        """See `Method.shown`."""
+        return shown_views(batch, augmented, self.settings)
 
     def observes(self, num_micro_batches: int) -> bool:
         """A single micro-batch is the whole local batch: its loss needs no observation."""

@@ -8,7 +8,7 @@ import torch
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from scaler.methods.base import Batch
+from scaler.methods.base import Batch, Shown
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.color import Color, apply_color, sample_color
 from shards.decode import View
@@ -39,6 +39,18 @@ def color_view(batch: Batch, color: Color, *, seed: int, mean: tuple[float, ...]
     """Loader batch of m images → coloured and normalised float32 [m, 3, size, size]."""
     parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=VIEW, copy=0)
     return apply_color(batch["views"][VIEW][0], parameters, mean=mean, std=std)
+
+
+def shown_images(augmented: Batch, color: Color) -> list[Shown]:
+    """The only view, with the classes that each image is to be taken for."""
+    notes = []
+    for target in augmented["targets"].cpu():
+        if target.is_floating_point():
+            shares = [(float(target[c]), c) for c in target.nonzero()[:, 0].tolist()]
+            notes.append(" + ".join(f"{share:.2f} of class {c}" for share, c in sorted(shares, reverse=True)))
+        else:
+            notes.append(f"class {int(target)}")
+    return [Shown(VIEW, 0, augmented["images"], color, notes=notes)]
 
 
 def erase_(images: Tensor, batch: Batch, *, probability: float, seed: int) -> None:

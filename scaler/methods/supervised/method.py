@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaler.collectives import World
-from scaler.methods.base import Batch, Hyper
+from scaler.methods.base import Batch, Hyper, Shown
 from scaler.methods.pooled import PooledMethod
-from scaler.methods.supervised.augment import check_labels, color_view, erase_, make_color, make_views
+from scaler.methods.supervised.augment import check_labels, color_view, erase_, make_color, make_views, shown_images
 from scaler.methods.supervised.mixing import make_mixup, mix_
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.precision import at_least_fp32, full_precision
@@ -93,6 +93,10 @@ class Supervised(PooledMethod):
             "targets": targets,
             "keep": None if keep is None else keep.to(images.device, non_blocking=True),
         }
+
+    def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
+        """See `Method.shown`."""
+        return shown_images(augmented, self.color)
 
     def advice(self, **facts: Any) -> list[str]:
         """See `Method.advice`: a frozen backbone should have learned something."""
