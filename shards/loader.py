@@ -120,6 +120,7 @@ def evaluation_batches(
     *,
     view: View,
     batch_size: int,
+    ids: Ints | None = None,
     rank: int = 0,
     world_size: int = 1,
     ranks_per_node: int = 1,
@@ -129,6 +130,9 @@ def evaluation_batches(
     multiprocessing_context: str | None = None,
 ) -> Iterator[Batch]:
     """Every sample once, in index order: consecutive blocks of `batch_size` go round the ranks.
+
+    With `ids`, int64 in ascending order, only these samples; of remote shards those are then fetched whole of which at
+    least half is wanted.
 
     All ranks get the same number of batches. Each is
 
@@ -148,14 +152,17 @@ def evaluation_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
+    count = index.num_samples if ids is None else len(ids)
+
     def blocks() -> Iterator[Ints]:
-        for first in range(0, index.num_samples, batch_size * world_size):
-            ids = np.arange(first + rank * batch_size, first + (rank + 1) * batch_size, dtype=np.int64)
-            yield np.where(ids < index.num_samples, ids, -1)
+        for first in range(0, count, batch_size * world_size):
+            at = np.arange(first + rank * batch_size, first + (rank + 1) * batch_size, dtype=np.int64)
+            known = np.minimum(at, count - 1)
+            yield np.where(at < count, known if ids is None else ids[known], -1)
 
     def stream() -> Iterator[Batch]:
-        share = _share(index, ranks_per_node)
-        with reading_ahead(index, partial(_in_order, index), start=0, share=share, ahead=_EVALUATION_AHEAD) as advance:
+        share, needs = _share(index, ranks_per_node), partial(_in_order, index, ids)
+        with reading_ahead(index, needs, start=0, share=share, ahead=_EVALUATION_AHEAD) as advance:
             batches = run_workers(
                 EvaluationBatches(index, view=view, max_pixels=max_pixels),
                 blocks(),
@@ -170,12 +177,14 @@ def evaluation_batches(
     return stream()
 
 
-def _in_order(index: ShardIndex) -> Iterator[ShardNeed]:
-    """Every shard once, in index order."""
-    past = 0
-    for shard, size in enumerate(index.shard_sizes.tolist()):
-        past += size
-        yield ShardNeed(past - size, past, shard)
+def _in_order(index: ShardIndex, ids: Ints | None) -> Iterator[ShardNeed]:
+    """The shards that hold at least half a shard of the wanted samples (None: all), in index order."""
+    sizes = index.shard_sizes
+    wanted = sizes if ids is None else np.bincount(index.locate(ids)[0], minlength=len(sizes))
+    for shard, past in enumerate(np.cumsum(wanted).tolist()):
+        count = int(wanted[shard])
+        if count and 2 * count >= sizes[shard]:
+            yield ShardNeed(past - count, past, shard)
 
 
 def _share(index: ShardIndex, ranks_per_node: int) -> int:

@@ -17,8 +17,8 @@ import torch
 from shards.convert import convert
 from shards.decode import View, decode_views
 from shards.index import ShardIndex
-from shards.loader import ShardLoader, accumulation_steps, evaluation_batches, working_set_bytes
-from shards.order import SampleOrder
+from shards.loader import ShardLoader, _in_order, accumulation_steps, evaluation_batches, working_set_bytes
+from shards.order import SampleOrder, ShardNeed
 from tests.images import encode_image, make_image_folder, make_pixels
 
 VIEWS = (View("global", 24, count=2, scale=(0.3, 1.0)), View("local", 12, count=3, scale=(0.05, 0.3)))
@@ -327,6 +327,19 @@ def test_max_pixels_reaches_the_workers(index: ShardIndex) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_of_some_samples_only(index: ShardIndex) -> None:
+    """Each once over the ranks, and of remote shards only those are fetched whole that are wanted by half."""
+    first, second = (int(size) for size in index.shard_sizes[:2])
+    ids = np.array([*range(first), first + second - 1, *range(40, index.num_samples, 7)])
+    parts = [evaluation_batches(index, view=CENTER, batch_size=4, ids=ids, rank=r, world_size=2) for r in (0, 1)]
+    blocks = [batch for pair in zip(*parts, strict=True) for batch in pair]
+    seen = [int(i) for batch in blocks for i, weight in zip(batch["ids"], batch["weights"], strict=True) if weight]
+    assert seen == ids.tolist()
+    assert next(_in_order(index, ids)) == ShardNeed(0, first, 0)
+    assert [need.shard for need in _in_order(index, np.arange(first + second // 2, first + second))] == [1]
+    assert [need.shard for need in _in_order(index, None)] == list(range(len(index.shard_sizes)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
