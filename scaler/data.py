@@ -17,8 +17,8 @@ from typing import Any
 from scaler.collectives import World
 from scaler.layout import Layout
 from scaler.methods.base import Batch, Method
+from scaler.nested import flatten
 from scaler.recipe import Recipe
-from scaler.resume import flatten
 from scaler.schedules import Duration
 from scaler.strategies.processes import ranks_per_node
 from scaler.timetable import Timetable, batch_sizes

@@ -14,8 +14,9 @@ import torch
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import Agreement, World
 from scaler.layout import Layout
+from scaler.machine import MachineMeter
 from scaler.methods.base import Batch, Method
-from scaler.metrics import MetricsLog, memory_gib
+from scaler.metrics import MetricsLog
 from scaler.optimizers import set_hyper
 from scaler.prefetch import on_device
 from scaler.rejections import Rejections
@@ -61,6 +62,7 @@ def train(
     checkpoint_info: Callable[[], dict[str, Any]],
     rejections: Rejections,
     log: MetricsLog,
+    machine: MachineMeter,
     signals: StopSignals,
     watch: Watch,
     world: World,
@@ -170,7 +172,7 @@ def train(
                 if len(result.module_norms) > 1:
                     row |= {f"grad_norm/{name}": norm for name, norm in result.module_norms.items()}
                 row |= strategy.loss_scale.report()
-                row |= {**meter.read(), "memory_gib": memory_gib(device), "rejected": rejections.count + pending}
+                row |= {**meter.read(), **machine.read(), "rejected": rejections.count + pending}
                 log.log(row)
                 log.progress(progress.step, row)
             else:

@@ -16,15 +16,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import psutil
-import torch
 from rich.console import Console
 
 from scaler.console import ProgressLine
+from scaler.environment import environment
 from scaler.throughput import Supply, average, diagnose, waited
 from scaler.trackers import Tracker, open_trackers
 from shards.resize import cut, cut_with_kernel
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
 
 _WAIT_LIMIT, _WAIT_ROWS = 0.2, 10  # fraction of time, logged rows in a row
 _GROWTH_LIMIT, _GROWTH_ROWS = 1.1, 50  # factor over so many rows that all rose
+_BUSY_LIMIT, _BUSY_ROWS = 0.6, 10  # utilisation of the GPUs, logged rows in a row
 _ALARM_ROWS = 5  # logged rows in a row that show a sign of collapse
 
 Symptoms = Callable[[Mapping[str, float]], Mapping[str, str]]
@@ -81,7 +80,10 @@ class MetricsLog:
             path = run_dir / f"{name}.jsonl"
             cut_back(path, step=start_step)
             self._files[name] = path.open("ab")
-        self._trackers: list[Tracker] = open_trackers(run_dir, start_step=start_step, track=track, recipe=recipe)
+        self._environment = environment()
+        self._trackers: list[Tracker] = open_trackers(
+            run_dir, start_step=start_step, track=track, recipe=recipe, environment=self._environment
+        )
         self._line = ProgressLine(console or Console(), start_step=start_step, total_steps=total_steps)
         self._health = _Health(supply)
         self._symptoms = symptoms
@@ -121,7 +123,7 @@ class MetricsLog:
             self._line.note(text)
 
     def describe(self, report: dict[str, Any], *, memory: list[dict[str, int]]) -> None:
-        """Say what memory is for, and write it to `run.json` with the strategy's report and the software's versions.
+        """Say what memory is for, and write it to `run.json` with the strategy's report and the environment.
 
         Args:
             report: what is engaged, by the strategy's own account.
@@ -132,9 +134,13 @@ class MetricsLog:
         largest = max(memory, key=lambda parts: sum(parts.values()))
         mib = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in largest.items())
         self.note(f"memory of the fullest rank in MiB: {mib}")
-        packages = {name: _version(name) for name in ("torch", "timm", "accelerate", "deepspeed")}
-        views = {"views_cut_by": "kernel" if cut is cut_with_kernel else "torch"}  # equal but for rounding
-        values = {**report, **views, "memory_bytes": largest, "memory_bytes_by_rank": memory, "versions": packages}
+        values = {
+            **report,
+            "views_cut_by": "kernel" if cut is cut_with_kernel else "torch",  # equal but for rounding
+            "memory_bytes": largest,
+            "memory_bytes_by_rank": memory,
+            "environment": self._environment,
+        }
         temporary = self._run_dir / ".run.json.tmp"
         temporary.write_text(json.dumps(values, indent=1) + "\n")
         temporary.replace(self._run_dir / "run.json")
@@ -167,20 +173,6 @@ class MetricsLog:
         # ASCII with escapes, since file names on Linux need not be valid Unicode.
         self._files[name].write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii"))
         self._files[name].flush()
-
-
-def memory_gib(device: torch.device | str) -> float:
-    """Peak memory allocated on a CUDA device, or this process's resident memory on the CPU, in GiB."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def cut_back(path: Path, *, step: int) -> None:
@@ -239,6 +231,7 @@ class _Health:
         self._supply = supply
         self._starved: list[dict[str, Any]] = []  # the latest rows, as far as each waited
         self._memory: list[float] = []
+        self._idle = 0  # the latest rows, as far as the GPUs were idle in each without waiting for data
         self._said: set[str] = set()
         self._signs: Counter[str] = Counter()  # rows in a row that show each
 
@@ -263,6 +256,16 @@ class _Health:
                 advice.append(
                     f"warning: training waited for data {waited(mean, self._supply):.0%} of the time, and above "
                     f"{_WAIT_LIMIT:.0%} for {_WAIT_ROWS} logged rows: {diagnose(mean, self._supply)}"
+                )
+        busy = row.get("gpu_utilization")
+        if busy is not None:
+            self._idle = self._idle + 1 if busy < _BUSY_LIMIT and not self._starved else 0
+            if self._idle == _BUSY_ROWS and "idle" not in self._said:
+                self._said.add("idle")
+                advice.append(
+                    f"warning: the GPUs were busy {busy:.0%} of the time, and below {_BUSY_LIMIT:.0%} for {_BUSY_ROWS} "
+                    "logged rows, without waiting for data: steps are too small for them; raise "
+                    "strategy.micro_batch_size (scaler plan says what fits), or set strategy.compile=true"
                 )
         memory = row.get("memory_gib")
         if memory is not None:

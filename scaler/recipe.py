@@ -206,7 +206,10 @@ class Track(Section):
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
     wandb_project: str = "scaler"
-    mlflow: Literal[False] = Field(False, description="not in this version yet")
+    mlflow: bool = Field(
+        False, description="to MLFLOW_TRACKING_URI, or to mlflow.db beside the run directory (scaler[mlflow])"
+    )
+    mlflow_experiment: str = "scaler"
 
     @field_validator("log_every")
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scaler.checkpoint import Location
+from scaler.nested import flatten
 from scaler.recipe import parse_recipe
 
 # What may change between a run and its continuation without changing its results (layout, logging, places), or with an
@@ -63,12 +64,3 @@ def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
         return parse_recipe(recipe, source="checkpoint").model_dump(mode="json")
     except ValueError:  # of a newer version: the comparison names what is unknown here
         return recipe
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

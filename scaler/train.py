@@ -30,6 +30,7 @@ from scaler.collectives import World
 from scaler.data import TrainingData, open_data
 from scaler.layout import Layout, batch_layout, elastic_layouts
 from scaler.loop import NonFinite, Plan, Progress, train
+from scaler.machine import MachineMeter
 from scaler.methods import method_class
 from scaler.methods.base import Method
 from scaler.metrics import MetricsLog
@@ -232,7 +233,10 @@ def attempt(
     )
     rejections.load(run_dir / "rejected.jsonl")
     watch.beat("starting")
+    machine = MachineMeter(device, num_gpus=ranks_per_node(world.size))
     try:
+        if machine.problem is not None:
+            log.note(f"GPU utilisation cannot be measured: {machine.problem}")
         announce(
             log,
             strategy.report(),
@@ -266,6 +270,7 @@ def attempt(
             },
             rejections=rejections,
             log=log,
+            machine=machine,
             signals=signals,
             watch=watch,
             world=world,
@@ -284,6 +289,7 @@ def attempt(
             best = ", ".join(f"{name} {value:.4g}" for name, value in validation.best.items())
             log.note(f"best evaluation: {best}")
     finally:
+        machine.close()
         log.close()
     if world.rank == 0:
         write_exit(run_dir, reason=reason, step=progress.step, images=progress.images)

@@ -90,7 +90,7 @@ def train_job(world: World, recipe: str, overrides: list[str]) -> str:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the columns that measure the machine."""
-    machine = ("images_per_second", "data_wait", "memory_gib", "seconds/")
+    machine = ("images_per_second", "data_wait", "memory_", "host_memory_gib", "gpu_utilization", "seconds/")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(machine)} for line in lines]
 

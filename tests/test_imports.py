@@ -120,10 +120,11 @@ def canonical(name: str) -> str:
 
 @pytest.mark.parametrize("room", ["product", "tests"])
 def test_every_imported_package_is_declared(room: str) -> None:
-    allowed = declared(("options", "install_requires"))
+    extras = ("deepspeed", "export", "mlflow", "notebook", "parquet", "remote")  # not everyone wants them
+    allowed = declared(("options", "install_requires"), *(("options.extras_require", extra) for extra in extras))
     if room == "tests":
         allowed |= declared(("options.extras_require", "test"))
-    own = {*ROOMS, "tests", "deepspeed", "pyarrow"}  # extras: not everyone wants them
+    own = {*ROOMS, "tests"}
     distributions = packages_distributions()
     used = {name.split(".")[0] for path in (SOURCES if room == "product" else TESTS) for name in imports(path)}
     others = {name for name in used if name not in sys.stdlib_module_names and name not in own}

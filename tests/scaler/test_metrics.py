@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scaler.metrics import MetricsLog, cut_back, memory_gib
+from scaler.metrics import MetricsLog, cut_back
+from scaler.nested import without_credentials
 from scaler.recipe import Track
 from scaler.throughput import Supply
-from scaler.trackers import without_credentials
 
 QUIET = Track(tensorboard=False)
 
@@ -158,6 +159,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert events.Tags()["scalars"] == ["loss"]
     got = [(event.step, event.value) for event in events.Scalars("loss")]
     assert got == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    assert [b"seed: 3" in event.tensor_proto.string_val[0] for event in events.Tensors("recipe/text_summary")] == [True]
 
 
 def test_wandb_offline_keeps_one_id_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +182,35 @@ def test_wandb_online_without_a_key_is_a_users_error(tmp_path: Path, monkeypatch
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ValueError, match=r"track\.wandb is online.*wandb login"):
         open_log(tmp_path, track=Track(tensorboard=False, wandb="online"))
+
+
+def test_in_a_sweep_the_agents_id_is_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    with open_log(tmp_path, track=Track(tensorboard=False, wandb="offline"))[0]:
+        assert (tmp_path / "wandb_id.txt").read_text() == "trial7\n"
+
+
+def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    track = Track(tensorboard=False, wandb="disabled", mlflow=True)
+    for start in (0, 2):
+        with open_log(tmp_path / "run", start=start, track=track)[0] as log:
+            for step in range(start + 1, start + 3):
+                log.log({"step": step, "loss": 10.0 * step, "loss/term": 1.0, "text": "no number"})
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("scaler").experiment_id])
+    assert run.info.run_id == (tmp_path / "run" / "mlflow_id.txt").read_text().strip()
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert run.data.params == {"seed": "3"} and run.data.tags["scaler.packages.torch"].startswith("2.")
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 10.0), (2, 20.0), (3, 30.0), (4, 40.0)]
+    assert "loss/term" in run.data.metrics and "text" not in run.data.metrics
+
+
+def test_a_tracker_that_cannot_start_is_a_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://x")
+    with pytest.raises(ValueError, match=r"track\.mlflow is true.*MLFLOW_TRACKING_URI"):
+        open_log(tmp_path, track=Track(tensorboard=False, wandb="disabled", mlflow=True))
 
 
 def test_credentials_never_reach_a_tracker() -> None:
@@ -234,13 +265,6 @@ def test_a_terminal_gets_a_bar_with_notes_above_it(tmp_path: Path) -> None:
     assert "20/20" in last and "loss 5.4321" in last and "ETA 0:00:00" in last
 
 
-def test_memory_follows_allocations() -> None:
-    before = memory_gib("cpu")
-    block = torch.ones(2**26)  # a quarter of a GiB, touched
-    assert 0.2 < memory_gib(torch.device("cpu")) - before < 0.35
-    assert block[0] == 1
-
-
 def test_a_sign_of_collapse_is_in_every_row_and_told_when_it_stays(tmp_path: Path) -> None:
     log, out = open_log(tmp_path, symptoms=lambda row: {"flat": "nothing moves"} if row["std"] < 0.1 else {})
     for step, std in enumerate([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5], start=1):
@@ -257,6 +281,18 @@ def test_a_sign_of_collapse_is_in_every_row_and_told_when_it_stays(tmp_path: Pat
         9,
     ]
     assert out.getvalue() == "alarm: nothing moves (seen in 5 logged rows)\n"
+
+
+def test_gpus_that_idle_without_waiting_for_data_are_told_once(tmp_path: Path) -> None:
+    log, out = open_log(tmp_path)
+    for step in range(1, 30):
+        log.log({"step": step, "gpu_utilization": 0.4 if step % 10 else 0.7, "data_wait": 0.0})
+    for step in range(30, 60):  # those that wait for data are told so instead
+        log.log({"step": step, "gpu_utilization": 0.4, "data_wait": 0.9})
+    assert "GPUs were busy" not in out.getvalue()
+    for step in range(60, 90):
+        log.log({"step": step, "gpu_utilization": 0.4, "data_wait": 0.0})
+    assert out.getvalue().count("the GPUs were busy 40% of the time, and below 60% for 10 logged rows") == 1
 
 
 def test_starving_and_growing_runs_are_told_once(tmp_path: Path) -> None:

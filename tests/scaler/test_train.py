@@ -83,7 +83,8 @@ def test_a_run_directory_holds_what_it_should(finished, shards):
     memory = engaged["memory_bytes"]
     assert memory["parameters"] == memory["gradients"] == 4 * engaged["parameters"] and memory["teacher"] == 0
     assert memory["optimizer"] >= 8 * engaged["parameters"] and memory["activations"] > 0
-    assert engaged["memory_bytes_by_rank"] == [memory] and torch.__version__.startswith(engaged["versions"]["torch"])
+    assert engaged["memory_bytes_by_rank"] == [memory]
+    assert torch.__version__.startswith(engaged["environment"]["packages"]["torch"])
     assert [p.name for p in complete_checkpoints(run_dir / "checkpoints")] == ["step-00000004"]
 
 
