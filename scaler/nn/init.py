@@ -24,8 +24,9 @@ def fill_nan_(module: nn.Module) -> None:
 
 
 def assert_initialised(module: nn.Module) -> None:
-    """Assert that no parameter holds a NaN."""
-    missed = [name for name, parameter in module.named_parameters() if parameter.isnan().any()]
+    """Assert that no parameter holds a NaN; those on the meta device hold nothing."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if not parameter.is_meta]
+    missed = [name for name, parameter in named if parameter.isnan().any()]
     assert not missed, f"parameters without an initial value: {', '.join(missed)}"
 
 
