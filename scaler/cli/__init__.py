@@ -18,12 +18,13 @@ from scaler.cli.checkpoints import checkpoints
 from scaler.cli.common import WrongUse
 from scaler.cli.data import data
 from scaler.cli.evaluation import evals
+from scaler.cli.exporting import exporting
+from scaler.cli.recipes import recipes
 from scaler.cli.training import training
 
 app = typer.Typer(
     help="Self-supervised training of vision models from WebDataset shards.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -31,7 +32,9 @@ app = typer.Typer(
 app.add_typer(data)
 app.add_typer(training)
 app.add_typer(evals, name="eval")
+app.add_typer(exporting)
 app.add_typer(checkpoints, name="checkpoint")
+app.add_typer(recipes, name="recipe")
 app.add_typer(benchmarks, name="bench")
 
 

@@ -1,0 +1,171 @@
+"""The model card of an exported folder: what was trained on what, how well it does, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from scaler.checkpoint import read_manifest, resolve_checkpoint
+from scaler.export.encoder import Encoder
+from scaler.weights import FILES, is_timm, timm_config
+from shards.places import locate
+
+_SCORES = ("loss", "val/", "accuracy")  # columns of the metrics that tell of the model; others tell of the machine
+
+_USE = """\
+```python
+import timm, torch
+from PIL import Image
+
+model = timm.create_model("{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open("image.jpg").convert("RGB"))[None]
+with torch.no_grad():
+    tokens = model.forward_features(image)                      # of all patches
+    features = model.forward_head(tokens, pre_logits=True)      # of the image, [1, {width}]
+```
+"""
+
+
+def card(encoder: Encoder, *, source: str, name: str, report: Mapping[str, Any], license: str | None) -> str:
+    """The card's text, with all that the source still knows of its training.
+
+    Args:
+        source: what was exported.
+        name: what the model is called: of a hub's repository (`user/name`), or of the folder.
+        report: of the export, see `scaler.export.export`.
+        license: of the weights; None: not stated.
+    """
+    manifest, run_dir = _origin(source)
+    header = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification" if encoder.num_classes else "image-feature-extraction",
+        "tags": ["timm", "scaler", *([manifest["recipe"]["method"]["name"]] if manifest else [])],
+        **({"license": license} if license else {}),
+    }
+    place = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
+    scores = dict(_scores(run_dir, step=manifest["step"])) if manifest and run_dir else {}
+    checked = ", ".join(f"{key} {value:.1e}" for key, value in report["difference"].items())
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
+        f"# {name.rpartition('/')[2]}\n",
+        _what(encoder, manifest, part=report["part"]),
+        f"## Use\n\n{_USE.format(place=place, width=encoder.model.head_hidden_size)}",
+        _table("Model", _model_facts(encoder, report)),
+        _table("Training", _training_facts(manifest, run_dir)) if manifest else "",
+        _table("Scores", scores) if scores else "",
+        f"The files were loaded by timm and compared with their source: largest differences {checked}.\n",
+        _table("Software", {package: metadata.version(package) for package in ("scaler", "timm", "torch")}),
+        "## Licence\n\n" + (f"{license}\n" if license else "Not stated by who exported this; ask before you use it.\n"),
+        _recipe(manifest["recipe"]) if manifest else "",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _origin(source: str) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint's manifest and its run directory, as far as the source has them."""
+    if is_timm(source) or source.endswith(FILES) or timm_config(locate(source)) is not None:
+        return None, None
+    checkpoint = resolve_checkpoint(source)
+    folders = [place for place in (locate(source), checkpoint.parent.parent) if isinstance(place, Path)]
+    return read_manifest(checkpoint), next((f for f in folders if (f / "recipe.yaml").is_file()), None)
+
+
+def _what(encoder: Encoder, manifest: Mapping[str, Any] | None, *, part: str) -> str:
+    """A sentence on what this is."""
+    with_head = f" with a classifier of {encoder.num_classes} classes" if encoder.num_classes else ""
+    if manifest is None:
+        return f"`{encoder.architecture}`{with_head}, exported by scaler.\n"
+    network = "" if part == "evaluated" else f"; the {part}'s weights"
+    method, images = manifest["recipe"]["method"]["name"], manifest["images"]
+    return f"`{encoder.architecture}`{with_head}, trained by {method} on {images:,} images with scaler{network}.\n"
+
+
+def _model_facts(encoder: Encoder, report: Mapping[str, Any]) -> dict[str, Any]:
+    mean, std = encoder.normalization
+    settings = encoder.model_args
+    return {
+        "architecture": f"timm's `{encoder.architecture}`",
+        **{key: settings[key] for key in ("depth", "embed_dim", "num_heads", "patch_size") if key in settings},
+        **({"registers": settings["reg_tokens"]} if settings.get("reg_tokens") else {}),
+        "parameters": f"{report['parameters']:,}",
+        "image size": f"{encoder.image_size} pixels",
+        "normalisation": f"mean {list(mean)}, deviation {list(std)}, of pixels from 0 to 1",
+    }
+
+
+def _training_facts(manifest: Mapping[str, Any], run_dir: Path | None) -> dict[str, Any]:
+    recipe, row = manifest["recipe"], _row(run_dir, step=manifest["step"])
+    facts = {
+        "method": recipe["method"]["name"],
+        "steps": f"{manifest['step']:,}",
+        "images seen": f"{manifest['images']:,}",
+        "global batch": recipe["data"]["global_batch_size"],
+        "data": f"`{_name(recipe['data']['shards'])}`",
+    }
+    if row.get("epoch"):
+        facts["images in the data"] = f"{round(manifest['images'] / row['epoch']):,}"
+    if manifest.get("fingerprint"):
+        facts["fingerprint of the data"] = f"`{manifest['fingerprint']}`"
+    facts["seed"] = recipe["run"]["seed"]
+    saved_by = manifest.get("saved_by", {})
+    facts["strategy"] = ", ".join(
+        f"{saved_by[key]}{unit}"
+        for key, unit in (("strategy", ""), ("ranks", " ranks"), ("precision", ""))
+        if key in saved_by
+    )
+    return facts
+
+
+def _row(run_dir: Path | None, *, step: int) -> dict[str, Any]:
+    """The last logged row of a run up to a step, or {}."""
+    path = None if run_dir is None else run_dir / "metrics.jsonl"
+    if path is None or not path.is_file():
+        return {}
+    rows = (json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+    return max((row for row in rows if row["step"] <= step), key=lambda row: row["step"], default={})
+
+
+def _scores(run_dir: Path, *, step: int) -> Iterator[tuple[str, str]]:
+    """What evaluations of this checkpoint found, and the last row of the metrics."""
+    for path in sorted((run_dir / "evaluations").glob("*.json")):
+        result = json.loads(path.read_text())
+        if result.get("step") == step:
+            values = ", ".join(f"{name} {_number(value)}" for name, value in result["scores"].items())
+            yield path.stem, values
+    row = _row(run_dir, step=step)
+    for name, value in row.items():
+        if name.startswith(_SCORES) and value is not None:
+            yield f"{name} (step {row['step']:,})", _number(value)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, facts: Mapping[str, Any]) -> str:
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), ""])
+
+
+def _recipe(recipe: Mapping[str, Mapping[str, Any]]) -> str:
+    """The recipe, folded away, without where things lay on the machine that trained."""
+    shared = {
+        section: {
+            key: _name(value) if isinstance(value, str) and "/" in value else value
+            for key, value in values.items()
+            if key not in ("cache_dir", "dir")
+        }
+        for section, values in recipe.items()
+    }
+    text = yaml.safe_dump(shared, sort_keys=False, width=100)
+    return f"<details><summary>Recipe</summary>\n\n```yaml\n{text}```\n\n</details>\n"
+
+
+def _name(place: str) -> str:
+    """The last two parts of a path or URL: enough to know it by, and no more."""
+    return "/".join(PurePosixPath(place).parts[-2:])
