@@ -112,8 +112,7 @@ class Strategy:
         """
         self.method = method.to(self.device)
         blocks = method.blocks()
-        for block in blocks[: self._num_checkpointed(len(blocks))]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        self.checkpoint_(blocks)
         if self.settings.compile:
             for block in blocks:
                 block.compile()
@@ -127,9 +126,11 @@ class Strategy:
         self.create_optimizer_state()
         self.verify()
 
-    def _num_checkpointed(self, num_blocks: int) -> int:
+    def checkpoint_(self, blocks: Sequence[nn.Module]) -> None:
+        """Let as many of the blocks as the settings say forget what is inside them until their backward."""
         wanted = self.settings.activation_checkpointing
-        return {"none": 0, "blocks": num_blocks}.get(wanted, wanted)
+        for block in blocks[: {"none": 0, "blocks": len(blocks)}.get(wanted, wanted)]:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module whose call runs the method under this strategy, and the optimiser whose groups the loop sets."""
