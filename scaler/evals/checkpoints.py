@@ -8,6 +8,7 @@ features, labels = model.features(index)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,11 +173,27 @@ def _bare(source: str, name: str, *, image_size: int | None, random_init: bool) 
     if config is not None and (is_timm(source) or random_init):
         normalization = (tuple(config.mean), tuple(config.std))
     size = image_size or (224 if config is None else config.input_size[-1])
+    saved = None if is_timm(source) or source.endswith(FILES) else timm_config(locate(source))
+    arguments: dict[str, Any] = {}
+    if saved is not None:  # a folder says how its model was made
+        size = image_size or saved["pretrained_cfg"].get("input_size", (size,))[-1]
+        arguments = backbone_arguments(saved.get("model_args", {}))
     torch.manual_seed(0)
-    backbone = build_backbone(name, image_size=size)
+    backbone = build_backbone(name, image_size=size, **arguments)
     line = f"random weights of {name}"
     if not random_init:
         weights = read_weights(source, backbone=name)
         normalization = weights.normalization or normalization
         line = load_backbone_(backbone, weights).line
     return BareBackbone(backbone, image_size=size, normalization=normalization), line
+
+
+def backbone_arguments(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """What `build_backbone` is to be told, of the arguments that a folder of timm's keeps for its model."""
+    rest = dict(model_args)
+    for key in ("img_size", "dynamic_img_size", "num_classes", "in_chans", "global_pool"):  # given, or of the head
+        rest.pop(key, None)
+    registers, layer_scale = rest.pop("reg_tokens", 0), rest.pop("init_values", None)
+    if registers:  # these get no position; where the folder's have one, it becomes part of them
+        rest.pop("no_embed_class", None)
+    return {**rest, "registers": registers, "layer_scale": layer_scale}
