@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scaler.methods import METHODS, method_class
+from scaler.nested import flatten
 from scaler.schedules import Duration
 from shards.cache import ShardCache
 from shards.storage import parse_size
@@ -222,7 +223,9 @@ class Track(Section):
 class Run(Section):
     """The run directory and what makes the run reproducible."""
 
-    dir: str = "runs/NAME"
+    dir: str = Field(
+        "runs/NAME", description="NAME: the recipe's; {optim.lr} and the like become their values, for sweeps"
+    )
     seed: int = Field(0, ge=0)
     deterministic: bool = False
     stop_after: DurationText | None = Field(None, description="checkpoint and leave at this point of the whole run")
@@ -245,8 +248,11 @@ class Recipe(Section):
     run: Run = Run()
 
 
-def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, *, overrides: Sequence[str] = (), shards: str | None = None) -> Recipe:
     """Read a recipe by path or by short name (`dinov2/demo`) and apply dotted overrides (`optim.lr=1e-3`).
+
+    Args:
+        shards: `data.shards` where neither says, for commands that can do without images.
 
     Raises:
         ValueError: file not found, unknown key (with the nearest valid one), wrong type or value.
@@ -260,6 +266,8 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} holds no mapping; a recipe has the sections {', '.join(Recipe.model_fields)}")
     for override in overrides:
         _apply(values, override)
+    if shards is not None and isinstance(values.get("data"), dict):
+        values["data"].setdefault("shards", shards)
     return parse_recipe(values, source=str(path))
 
 
@@ -274,20 +282,50 @@ def parse_recipe(values: dict[str, Any], *, source: str) -> Recipe:
         recipe = Recipe(**{**values, "method": method})
     except ValidationError as error:
         raise ValueError("\n".join(_explain(item, source=source, model=Recipe) for item in error.errors())) from None
-    if recipe.run.dir == "runs/NAME":
-        name = "-".join(Path(source).with_suffix("").parts[-2:])
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
-    return recipe
+    name = "-".join(Path(source).with_suffix("").parts[-2:])
+    folder = f"runs/{name}" if recipe.run.dir == "runs/NAME" else _filled_in(recipe.run.dir, recipe, source=source)
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of a recipe for editors."""
+    """JSON schema of a recipe for editors. Nothing but `method.name` is required, since what a file leaves out may be
+    given on the command line."""
     schema = Recipe.model_json_schema()
-    methods = [method_class(name).Settings.model_json_schema(ref_template="#/$defs/{model}") for name in METHODS]
-    for method in methods:
+    methods = {name: method_class(name).Settings.model_json_schema(ref_template="#/$defs/{model}") for name in METHODS}
+    for name, method in methods.items():
         schema["$defs"].update(method.pop("$defs", {}))
-    schema["properties"]["method"] = {"oneOf": methods}
+        method["properties"]["name"] = {"const": name}  # by which an editor knows which keys are valid
+    for part in (schema, *schema["$defs"].values(), *methods.values()):
+        part.pop("required", None)
+    schema["properties"]["method"] = {"oneOf": [{**method, "required": ["name"]} for method in methods.values()]}
     return schema
+
+
+def override_words(start: str) -> list[str]:
+    """What an override that begins with `start` may become: `section.key=`, or `section.key=value` for each of few.
+
+    The keys of `method` are looked up only for a start that wants them: their methods bring torch, which takes seconds.
+    """
+    models: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "method"}
+    found = [
+        (f"{section}.{key}", field) for section, model in models.items() for key, field in model.model_fields.items()
+    ]
+    if start.startswith("method."):
+        settings = [method_class(name).Settings for name in METHODS]
+        found += [(f"method.{key}", field) for model in settings for key, field in model.model_fields.items()]
+    words = [f"{key}=" for key, _ in found] + ["method."]
+    if "=" in start:
+        words = [f"{key}={value}" for key, field in found for value in _few(field.annotation)]
+    return list(dict.fromkeys(words))
+
+
+def _few(annotation: Any) -> list[str]:
+    """The values of a type that has few."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [value for part in get_args(annotation) for value in _few(part)]
 
 
 def find_recipe(name: str) -> Path:
@@ -298,14 +336,23 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    package = Path(str(resources.files("scaler")))
-    folders = [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
     stem = name.removesuffix(".yaml").removeprefix("configs/")
-    for folder in folders:
-        if (folder / f"{stem}.yaml").is_file():
-            return folder / f"{stem}.yaml"
-    known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders for m in METHODS for p in f.glob(f"{m}/*")})
-    raise ValueError(f"no recipe {name!r}: it is not a file, and {nearest(stem, known)}")
+    known = shipped_recipes()
+    if stem in known:
+        return known[stem]
+    raise ValueError(f"no recipe {name!r}: it is not a file, and {nearest(stem, list(known))}")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the toolkit, short name → file."""
+    package = Path(str(resources.files("scaler")))
+    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
+    return {
+        str(path.relative_to(folder).with_suffix("")): path
+        for folder in folders
+        for method in METHODS
+        for path in sorted(folder.glob(f"{method}/*.yaml"))
+    }
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -342,6 +389,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def _filled_in(text: str, recipe: Recipe, *, source: str) -> str:
+    """`text` with every {section.key} as its value in the recipe."""
+    values = dict(flatten(recipe.model_dump(mode="json")))
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise ValueError(f"{source}: run.dir: no key {match[1]!r} in a recipe; {nearest(match[1], list(values))}")
+        return str(values[match[1]]).replace("/", "-").replace(" ", "")
+
+    return re.sub(r"\{([\w.]+)\}", value, text)
 
 
 def _parse_method(values: Any, *, source: str) -> BaseModel:

@@ -17,6 +17,7 @@ from scaler.cli.benchmarks import benchmarks
 from scaler.cli.checkpoints import checkpoints
 from scaler.cli.common import WrongUse
 from scaler.cli.data import data
+from scaler.cli.doctor import doctoring
 from scaler.cli.evaluation import evals
 from scaler.cli.exporting import exporting
 from scaler.cli.recipes import recipes
@@ -33,6 +34,7 @@ app.add_typer(data)
 app.add_typer(training)
 app.add_typer(evals, name="eval")
 app.add_typer(exporting)
+app.add_typer(doctoring)
 app.add_typer(checkpoints, name="checkpoint")
 app.add_typer(recipes, name="recipe")
 app.add_typer(benchmarks, name="bench")

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from scaler.cli.common import Json, Overrides, WrongUse
+from scaler.cli.common import Json, Overrides, RecipeName, WrongUse
 
 training = typer.Typer()
 
 
 @training.command(epilog="Example: scaler train dinov2/demo data.shards=shards/train run.dir=runs/first --processes 2")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a short name such as dinov2/demo.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
 ) -> None:
@@ -47,7 +47,7 @@ def train(
 )
 def launch(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="accelerate, deepspeed, torchrun, slurm or kubernetes.")],
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a short name such as dinov2/demo.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     hosts: Annotated[Path | None, typer.Option(help="Hostfile: a line `NAME slots=N` for each machine.")] = None,
     nodes: Annotated[

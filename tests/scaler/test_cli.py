@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from PIL import Image
 
 from scaler.checkpoint import read_manifest, resolve_checkpoint
-from scaler.cli import main
+from scaler.cli import app, main
 from shards.index import ShardIndex
 from shards.order import SampleOrder
 from tests.images import make_image_folder
@@ -32,11 +35,18 @@ RECIPE = {
     "track": {"log_every": "1 steps", "tensorboard": False, "wandb": "disabled"},
     "run": {"seed": 3},
 }
-_NAMES = (
-    "convert, index, verify, train, batch, eval knn, demo, launch, "
-    "checkpoint show, checkpoint verify, checkpoint convert, bench checkpoint, bench loss"
-)
-COMMANDS = [name.split() for name in _NAMES.split(", ")]
+
+
+def commands(group: typer.core.TyperGroup, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command there is."""
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,37 @@ def run_dir(shards: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_help_has_an_example(command: list[str]) -> None:
+def test_help_has_an_example(command: tuple[str, ...]) -> None:
     result = scaler(*command, "--help")
     assert result.returncode == 0
     assert f"Example: scaler {' '.join(command)}" in result.stdout.replace("\n ", "")
+
+
+def test_the_shell_completes_recipes_and_keys() -> None:
+    def complete(*words: str) -> list[str]:
+        environment = {**os.environ, "_SCALER_COMPLETE": "complete_bash", "COMP_CWORD": str(len(words) - 1)}
+        environment["COMP_WORDS"] = " ".join(words)
+        code = "import sys; sys.argv = ['scaler']; from scaler.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert complete("scaler", "recipe", "show", "dinov2/d") == ["dinov2/demo"]
+    assert complete("scaler", "train", "dinov2/demo", "strategy.mi") == [
+        "strategy.micro_batch_size=",
+        "strategy.min_ranks=",
+    ]
+
+
+def test_a_recipe_that_is_shown_is_a_recipe(tmp_path: Path) -> None:
+    shown = scaler("recipe", "show", "simclr/demo", "optim.lr=1e-3")
+    (tmp_path / "mine.yaml").write_text(shown.stdout)
+    again = json.loads(scaler("recipe", "show", tmp_path / "mine.yaml", "--json").stdout)
+    assert again["optim"]["lr"] == 1e-3 and again == yaml.safe_load(shown.stdout)
+    assert json.loads(scaler("recipe", "list", "--json").stdout)["simclr/demo"].startswith("SimCLR on 32-px images")
+    assert scaler("recipe", "schema", "--out", tmp_path / "schema.json").returncode == 0
+    assert json.loads((tmp_path / "schema.json").read_text())["title"] == "Recipe"
+    assert "did you mean 'simclr/demo'" in scaler("recipe", "show", "simclr/dmo").stderr
 
 
 def test_a_real_process_starts_fast_and_fails_in_one_line(tmp_path: Path) -> None:

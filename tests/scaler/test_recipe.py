@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 import math
 
+import jsonschema
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from scaler.methods import METHODS
-from scaler.recipe import Optim, Recipe, find_recipe, load_recipe, recipe_schema
+from scaler.recipe import (
+    Optim,
+    Recipe,
+    _Loader,
+    find_recipe,
+    load_recipe,
+    override_words,
+    recipe_schema,
+    shipped_recipes,
+)
 
 DEMO = "simclr/demo"
 
@@ -100,8 +111,47 @@ def test_lr_rules(rule, expected):
     assert 0.075 * math.sqrt(4096) == pytest.approx(0.3 * 4096 / 256)
 
 
-def test_the_schema_covers_every_method():
-    schema = recipe_schema()
-    json.dumps(schema)
-    assert list(schema["properties"]) == list(Recipe.model_fields)
-    assert len(schema["properties"]["method"]["oneOf"]) == len(METHODS)
+def test_the_schema_is_that_of_every_recipe_and_of_no_misspelled_one():
+    schema = jsonschema.Draft202012Validator(json.loads(json.dumps(recipe_schema())))
+    assert list(schema.schema["properties"]) == list(Recipe.model_fields)
+    for path in shipped_recipes().values():
+        values = yaml.load(path.read_text(), Loader=_Loader)
+        assert not list(schema.iter_errors(values)), path
+    for section, key in (("method", "temprature"), ("method", "momentum_teacher"), ("optim", "learning_rate")):
+        values = yaml.load(find_recipe(DEMO).read_text(), Loader=_Loader)
+        values[section][key] = 1
+        assert list(schema.iter_errors(values)), key
+
+
+def test_a_run_directory_may_name_values(tmp_path):
+    recipe = load_recipe(
+        DEMO, overrides=["data.shards=a/b", "run.dir=runs/lr{optim.lr}-{schedule.total}-{data.shards}", "optim.lr=1e-5"]
+    )
+    assert recipe.run.dir == f"runs/lr1e-05-{recipe.schedule.total.replace(' ', '')}-a-b"
+    with pytest.raises(ValueError, match=r"run\.dir: no key 'optim\.rl'.*did you mean 'optim\.lr'"):
+        load_recipe(DEMO, overrides=["data.shards=x", "run.dir=runs/{optim.rl}"])
+
+
+def test_a_sweeps_agent_makes_overrides_that_fit(monkeypatch):
+    """The command that W&B's own agent makes of our sweep file, read as `python -m scaler.train` would."""
+    sweep = yaml.safe_load((find_recipe(DEMO).parents[1] / "sweeps" / "simclr.yaml").read_text())
+    trial = {"optim.lr": 0.00025, "optim.weight_decay": 0.1, "method.temperature": 0.2}
+    assert set(trial) == set(sweep["parameters"])
+    args = create_sweep_command_args({"args": {key: {"value": value} for key, value in trial.items()}})
+    command = [
+        word
+        for item in create_sweep_command(sweep["command"])
+        for word in (args["args_no_hyphens"] if item == "${args_no_hyphens}" else [item])
+    ]
+    assert command[:4] == ["${env}", "python", "-m", "scaler.train"]
+    recipe = load_recipe(command[4], overrides=command[5:])
+    assert (recipe.optim.lr, recipe.optim.weight_decay, recipe.method.temperature) == tuple(trial.values())
+    assert recipe.run.dir == "runs/sweep/lr0.00025-wd0.1-t0.2" and recipe.track.wandb == "online"
+
+
+def test_words_for_the_shell():
+    assert "strategy.name=" in override_words("") and not any(w.startswith("method.t") for w in override_words(""))
+    assert {"strategy.name=fsdp2", "strategy.compile=true"} <= {*override_words("strategy.name="), *override_words("=")}
+    assert "method.temperature=" in override_words("method.")
+    for word in override_words("="):  # each is a real override
+        load_recipe(DEMO, overrides=["data.shards=x", word.replace("=step", "=constant")])
