@@ -191,7 +191,7 @@ def _bare(source: str, name: str, *, image_size: int | None, random_init: bool) 
 def backbone_arguments(model_args: Mapping[str, Any]) -> dict[str, Any]:
     """What `build_backbone` is to be told, of the arguments that a folder of timm's keeps for its model."""
     rest = dict(model_args)
-    for key in ("img_size", "dynamic_img_size", "num_classes", "in_chans", "global_pool"):  # given, or of the head
+    for key in ("img_size", "dynamic_img_size", "num_classes"):  # given, or of the head
         rest.pop(key, None)
     registers, layer_scale = rest.pop("reg_tokens", 0), rest.pop("init_values", None)
     if registers:  # these get no position; where the folder's have one, it becomes part of them
