@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import socket
 import struct
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 _SIOCGIFADDR = 0x8915  # ask an interface for its IPv4 address
 _SECONDS = 5.0  # for a connection to another host
+_CHUNK = 1 << 20  # bytes written at a time
 
 
 def main() -> None:
@@ -47,9 +49,12 @@ def alone(asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
         "python": platform.python_version().rpartition(".")[0],
         "packages": {name: _version(name) for name in asked["packages"]},
         "code": _code(),
-        "index": _sha256(Path(asked["shards"], "index.json")) if asked["shards"] else None,
+        "index": _digest(Path(asked["shards"], "index.json")) if asked["shards"] else {},
         "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        "loopback": _loopback(),
+        "cores": _cores(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "shm": _space("/dev/shm"),
+        "network": _network({**os.environ, **asked["environment"]}),
         "port": _occupy(asked["port"], stack) if asked["number"] == 0 else None,
         "listener": listener.getsockname()[1],
         "written": [_write(folder, asked, stack) for folder in asked["shared"]],
@@ -59,11 +64,11 @@ def alone(asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
 def together(others: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Which of the other hosts' ports cannot be reached and which of their files cannot be seen."""
     unreached = []
-    for name, port in others["connect"]:
+    for name, address, port in others["connect"]:
         try:
-            socket.create_connection((name, port), timeout=_SECONDS).close()
+            socket.create_connection((address, port), timeout=_SECONDS).close()
         except OSError as error:
-            unreached.append([name, port, error.strerror or str(error)])
+            unreached.append([name, address, port, error.strerror or str(error)])
     seen = [os.path.exists(path) for path in others["written"]]
     return {
         "unreached": unreached,
@@ -91,28 +96,53 @@ def _code() -> str | None:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str | None:
+def _digest(path: Path) -> dict[str, str | None]:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except OSError as error:
+        return {"error": error.strerror}
+
+
+def _cores() -> int:
+    """Cores that processes here may use: those of the machine, of a `taskset`, or of a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota: the file is missing, or says max
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _space(folder: str) -> dict[str, int] | None:
+    """Bytes of the file system of a folder, and those free to this user; None where there is no such folder."""
+    try:
+        found = os.statvfs(folder)
     except OSError:
         return None
+    return {"total": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize}
 
 
-def _loopback() -> list[str]:
-    """If this host's own name means loopback, which gloo would offer to the others: its real interfaces."""
-    try:
-        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
-            return []
-    except OSError:
-        pass
-    found = []
+def _network(environment: dict[str, str]) -> dict[str, Any]:
+    """The interfaces (name → IPv4 address, if any), those that the environment chooses, and what gloo offers to others.
+
+    Gloo offers the address of GLOO_SOCKET_IFNAME's (first) interface, and without that what the host's own name means.
+    """
+    found: dict[str, str | None] = {name: None for _, name in socket.if_nameindex()}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
+        for name in found:
             with contextlib.suppress(OSError):  # it has no address
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                if not socket.inet_ntoa(answer[20:24]).startswith("127."):
-                    found.append(name)
-    return found or ["INTERFACE"]
+                found[name] = socket.inet_ntoa(answer[20:24])
+    chosen = [name for name in environment.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    try:
+        offered = found.get(chosen[0]) if chosen else socket.gethostbyname(socket.gethostname())
+    except OSError:
+        offered = "127.0.0.1"
+    return {
+        "interfaces": found,
+        "gloo": chosen,
+        "nccl": environment.get("NCCL_SOCKET_IFNAME", ""),
+        "offered": offered,
+    }
 
 
 def _occupy(port: int, stack: contextlib.ExitStack) -> str | None:
@@ -124,18 +154,23 @@ def _occupy(port: int, stack: contextlib.ExitStack) -> str | None:
     return None
 
 
-def _write(folder: str, asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, str | None]:
-    """Leave a file in `folder`, or in the nearest folder above it that exists."""
+def _write(folder: str, asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Leave a file in `folder`, or in the nearest folder above it that exists; how long that took."""
     place = Path(folder).absolute()
-    while not place.is_dir():
+    while not os.path.isdir(place):
         place = place.parent
     path = place / f".scaler-check-{asked['token']}-{asked['number']}"
+    report = {"folder": str(place), "path": None, "error": None, "space": _space(str(place)), "bytes": asked["bytes"]}
+    started = time.perf_counter()
     try:
-        path.touch(exist_ok=False)
+        with path.open("xb", buffering=0) as file:
+            stack.callback(path.unlink, missing_ok=True)
+            for _ in range(asked["bytes"] // _CHUNK):
+                file.write(os.urandom(_CHUNK))
+            os.fsync(file.fileno())
     except OSError as error:
-        return {"folder": str(place), "path": None, "error": error.strerror}
-    stack.callback(path.unlink, missing_ok=True)
-    return {"folder": str(place), "path": str(path), "error": None}
+        return {**report, "error": error.strerror}
+    return {**report, "path": str(path), "seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""What a run takes of each machine: counted from the recipe's model without its memory, before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scaler.recipe import Recipe
+from shards.places import without_secrets
+
+_READY = 2  # micro-batches that each loader process keeps ready (`shards.loader`)
+_HELD = 3  # others of a process: the one in use, the one on its way to the GPU, the one being pinned
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Attributes:
+    shards: the local folder that holds index.json; None: there is none, and `unchecked` says why.
+    unchecked: why the shards cannot be looked at on each machine; empty: they can.
+    folders: local folders that all machines write to.
+    checkpoints: of those the one for checkpoints.
+    checkpoint_bytes: of one checkpoint; 0: not known.
+    num_checkpoints: that lie there at a time, the one that is being written included.
+    loader_processes: on a machine.
+    loader_bytes: of shared memory (/dev/shm) that they take together.
+    """
+
+    shards: str | None = None
+    unchecked: str = ""
+    folders: tuple[str, ...] = ()
+    checkpoints: str | None = None
+    checkpoint_bytes: int = 0
+    num_checkpoints: int = 0
+    loader_processes: int = 0
+    loader_bytes: int = 0
+
+    @classmethod
+    def places(cls, recipe: Recipe) -> Needs:
+        """What can be said without torch: where the recipe reads and writes."""
+        data, checkpoints = recipe.data, recipe.checkpoint.dir or recipe.run.dir
+        shards = _local(data.shards) if data.reader == "indexed" else None
+        why = "" if shards else "a stream" if data.reader == "stream" else "remote"
+        return cls(
+            shards=shards,
+            unchecked=f"data.shards on the hosts, since {without_secrets(data.shards)} is {why}" if why else "",
+            folders=tuple(sorted({place for folder in (recipe.run.dir, checkpoints) if (place := _local(folder))})),
+            checkpoints=_local(checkpoints),
+        )
+
+
+def _local(path: str) -> str | None:
+    """`path` unless it is a URL."""
+    return None if "://" in path else path
