@@ -1,23 +1,24 @@
-"""Which samples a run reads at a step: arithmetic on its recipe and its shards' index, no training state needed.
+"""Which samples a run reads at a step, and what they look like: arithmetic on its recipe and its shards' index.
 
 batch = run_batch(Path("runs/dinov2"), step=1200)
-batch.rows()                # position in the global batch, image number, epoch, sample id, key, source
-contact_sheet(batch)        # its views as the loader's workers cut them
+batch.rows()                                     # position in the global batch, epoch, sample id, key, source, …
+next(batch.views(at_least=8, augmented=True))    # what the method makes of the first of them
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
+import torch
 
 from scaler.checkpoint import read_manifest, run_checkpoints
 from scaler.collectives import World
 from scaler.data import build_order
+from scaler.methods.base import Batch, Method, Shown
+from scaler.nn.color import Color
 from scaler.recipe import Recipe, load_recipe
 from scaler.timetable import Stage, Timetable
 from scaler.train import build_method
@@ -25,8 +26,25 @@ from shards.index import ShardIndex
 from shards.loader import ShardLoader
 from shards.order import GlobalBatch
 
-_CELL = 64  # pixels that a view gets at least in a sheet
-_GAP = 4
+
+@dataclass(frozen=True)
+class Viewed:
+    """The pictures of a micro-batch.
+
+    Attributes:
+        raw: what the loader gives.
+        views: each copy of each view.
+        method: the recipe's, without weights.
+    """
+
+    raw: Batch
+    views: list[Shown]
+    method: Method
+
+    def shown_ids(self) -> list[int]:
+        """The sample that each picture is really of: another one where a sample could not be decoded."""
+        replaced = {record["id"]: record["replacement_id"] for record in self.raw["rejected"]}
+        return [replaced.get(id_, id_) for id_ in self.raw["ids"].tolist()]
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,54 @@ class RunBatch:
             for entry in [self.index.entry(id_)]
         ]
 
+    def views(self, *, at_least: int, augmented: bool) -> Iterator[Viewed]:
+        """The views, micro-batch after micro-batch of `at_least` so many samples where the global batch has as many: as
+        the loader's workers cut them, with a replacement where a sample cannot be decoded, or `augmented` by the method
+        with colours and masks, as the network gets them at this step.
+
+        Raises:
+            ValueError: no part of this batch can be a micro-batch of the method (it holds no whole group).
+        """
+        recipe, size = self.recipe, self.stage.global_batch_size
+        with torch.device("meta"):  # no weight is needed for it, and the largest models have gigabytes of them
+            method = build_method(recipe, world=World())
+        loader = ShardLoader(
+            self.index,
+            build_order(recipe, self.index),
+            views=method.views_at(self.stage.image_size),
+            seed=recipe.run.seed,
+            global_batch_size=size,
+            micro_batch_size=_micro_batch(method, size, at_least=min(at_least, size)),
+            start=self.first_image,
+            stop=self.first_image + size,
+            max_pixels=recipe.data.max_pixels,
+            read_ahead=False,
+        )
+        for raw in loader:
+            if augmented:
+                views = method.shown(raw, method.augment(raw, seed=recipe.run.seed, step=self.step - 1))
+            else:
+                views = [
+                    Shown(name, copy, images, Color())
+                    for name, copies in raw["views"].items()
+                    for copy, images in enumerate(copies)
+                ]
+            yield Viewed(raw, views, method)
+
+
+def _micro_batch(method: Method, global_batch_size: int, *, at_least: int) -> int:
+    """The smallest micro-batch of so many samples or more that a global batch consists of and the method takes."""
+    fitting = [m for m in range(at_least, global_batch_size + 1) if global_batch_size % m == 0]
+    for size in fitting:
+        try:
+            method.check_layout(num_micro_batches=1, micro_batch_size=size)
+        except ValueError:
+            if size == global_batch_size:
+                raise
+        else:
+            return size
+    raise AssertionError("the global batch is a micro-batch of itself")
+
 
 def run_batch(run_dir: Path, *, step: int) -> RunBatch:
     """The batch of `step` (from 1 on) of the run in `run_dir`.
@@ -60,15 +126,8 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
     Raises:
         ValueError: no run there, a step before the first, or shards that are not those the run was trained on.
     """
-    if step < 1:
-        raise ValueError(f"step {step}: steps count from 1, as in metrics.jsonl")
-    recipe = load_run_recipe(run_dir)
-    if recipe.data.reader == "stream":
-        raise ValueError(
-            f"{run_dir} reads a stream, whose steps cannot be looked up; index its shards (`scaler index`) and train "
-            "with data.reader=indexed for that"
-        )
-    index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
+    found = recipe_batch(load_run_recipe(run_dir), step=step, what=str(run_dir))
+    index = found.index
     for checkpoint in run_checkpoints(run_dir)[:1]:
         fingerprint = read_manifest(checkpoint)["fingerprint"]
         if fingerprint != index.fingerprint:
@@ -76,6 +135,27 @@ def run_batch(run_dir: Path, *, step: int) -> RunBatch:
                 f"{index.path} is not what {run_dir} was trained on (fingerprint {index.fingerprint[:12]}, the run has "
                 f"{fingerprint[:12]}), so its steps held other samples; give back the shards it was trained on"
             )
+    return found
+
+
+def recipe_batch(recipe: Recipe, *, step: int, what: str, index: ShardIndex | None = None) -> RunBatch:
+    """The batch of `step` (from 1 on) of a run of this recipe, which `what` names in errors.
+
+    Args:
+        index: the images; None: those of `data.shards`.
+
+    Raises:
+        ValueError: a step before the first, a stream, or no shards.
+    """
+    if step < 1:
+        raise ValueError(f"step {step}: steps count from 1, as in metrics.jsonl")
+    if recipe.data.reader == "stream" and index is None:
+        raise ValueError(
+            f"{what} reads a stream, whose steps cannot be looked up; index its shards (`scaler index`) and train "
+            "with data.reader=indexed for that"
+        )
+    if index is None:
+        index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
     timetable = Timetable(recipe, num_samples=index.num_samples)
     stage, first_image = timetable.stage(step - 1), timetable.images(step - 1)
     batch = build_order(recipe, index).batch(first_image, stage.global_batch_size)
@@ -92,44 +172,3 @@ def load_run_recipe(run_dir: Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{run_dir} is no run directory: it holds no recipe.yaml")
     return load_recipe(str(path))
-
-
-def contact_sheet(run_batch: RunBatch, *, limit: int = 64) -> Image.Image:
-    """A picture with one row for each of the batch's first `limit` samples: its key and its views.
-
-    The views are what the loader hands to the training process: geometry only, with a replacement where a sample cannot
-    be decoded.
-    """
-    recipe, size = run_batch.recipe, run_batch.stage.global_batch_size
-    loader = ShardLoader(
-        run_batch.index,
-        build_order(recipe, run_batch.index),
-        views=build_method(recipe, world=World()).views_at(run_batch.stage.image_size),
-        seed=recipe.run.seed,
-        global_batch_size=size,
-        micro_batch_size=1,
-        start=run_batch.first_image,
-        stop=run_batch.first_image + size,
-        max_pixels=recipe.data.max_pixels,
-        read_ahead=False,
-    )
-    keys = run_batch.keys()
-    pictures = []  # per sample, its views as arrays [size, size, 3]
-    for sample in itertools.islice(loader, limit):
-        copies = (copy[0] for view in sample["views"].values() for copy in view)
-        pictures.append([copy.permute(1, 2, 0).numpy() for copy in copies])
-    largest = max(len(view) for view in pictures[0])
-    zoom = max(1, -(-_CELL // largest))
-    cell = largest * zoom + _GAP
-    text = 8 * min(32, max(map(len, keys[: len(pictures)])))
-    sheet = Image.new("RGB", (text + cell * len(pictures[0]), cell * len(pictures)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, views in enumerate(pictures):
-        printable = keys[row][-32:].encode("latin-1", "replace").decode("latin-1")  # all that the built-in font has
-        pen.text((_GAP, row * cell + _GAP), printable, fill="black")
-        for column, view in enumerate(views):
-            sheet.paste(
-                Image.fromarray(np.ascontiguousarray(view)).resize((view.shape[1] * zoom, view.shape[0] * zoom), 0),
-                (text + column * cell, row * cell),
-            )
-    return sheet

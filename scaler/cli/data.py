@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from scaler.cli.common import Json, Workers
+from scaler.cli.common import Json, Workers, WrongUse
 
 data = typer.Typer()
 _SHOWN = 20  # rejected files that are listed without --json
@@ -195,15 +195,22 @@ def batch(
     step: Annotated[int, typer.Option(min=1, help="Counted from 1, as in metrics.jsonl.")],
     keys: Annotated[bool, typer.Option("--keys", help="Only the keys, one a line.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="Draw the views as the workers cut them to this PNG.")] = None,
+    augmented: Annotated[
+        bool, typer.Option("--augmented", help="--sheet: with colours and masks, as the network gets them.")
+    ] = False,
     sheet_rows: Annotated[int, typer.Option(min=1, help="Samples that --sheet draws at most.")] = 64,
     as_json: Json = False,
 ) -> None:
     """List the samples of any step of a run, in the order of the global batch; nothing is trained for it."""
-    from scaler.batches import contact_sheet, run_batch
+    from scaler.batches import run_batch
 
+    if augmented and sheet is None:
+        raise WrongUse("--augmented is for a picture: give --sheet FILE.png too")
     found = run_batch(run_dir, step=step)
     if sheet is not None:
-        contact_sheet(found, limit=sheet_rows).save(sheet)
+        from scaler.show.views import contact_sheet
+
+        contact_sheet(found, limit=sheet_rows, augmented=augmented).save(sheet)
     if as_json:
         print(json.dumps({"step": step, "first_image": found.first_image, "samples": found.rows()}))
     elif keys:
