@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scaler.nn.precision import full_precision
 from shards.random import keyed_uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -129,10 +130,10 @@ def apply_color(x: Tensor, parameters: ColorParameters, *, mean: Sequence[float]
             f" got {h}x{w}; use a smaller kernel, or 0 for none"
         )
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    size = m if x.is_cuda else max(1, _CACHED_FLOATS // (3 * h * w))
+    size = m if x.is_cuda or x.is_meta else max(1, _CACHED_FLOATS // (3 * h * w))
     shift = torch.tensor(mean, dtype=torch.float32, device=x.device).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32, device=x.device).view(3, 1, 1)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(out):
         for start in range(0, m, max(1, size)):
             part = out[start : start + size].copy_(x[start : start + size])
             if x.dtype == torch.uint8:

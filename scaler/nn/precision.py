@@ -15,5 +15,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A region without autocast on the device of `x`."""
+    """A region without autocast on the device of `x`; the meta device knows of none."""
+    if x.device.type == "meta":
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
