@@ -50,8 +50,8 @@ def alone(asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
         "packages": {name: _version(name) for name in asked["packages"]},
         "code": _code(),
         "index": _digest(Path(asked["shards"], "index.json")) if asked["shards"] else {},
-        "gpus": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        "cores": _cores(),
+        "gpus": gpus(),
+        "cores": cores(),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "shm": _space("/dev/shm"),
         "network": _network({**os.environ, **asked["environment"]}),
@@ -59,6 +59,20 @@ def alone(asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
         "listener": listener.getsockname()[1],
         "written": [_write(folder, asked, stack) for folder in asked["shared"]],
     }
+
+
+def gpus() -> int:
+    """GPUs whose driver is loaded, whether or not anything can use them."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def cores() -> int:
+    """Cores that processes here may use: those of the machine, of a `taskset`, or of a container's quota."""
+    number = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota: the file is missing, or says max
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        number = min(number, max(1, int(quota) // int(period)))
+    return number
 
 
 def together(others: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -101,15 +115,6 @@ def _digest(path: Path) -> dict[str, str | None]:
         return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     except OSError as error:
         return {"error": error.strerror}
-
-
-def _cores() -> int:
-    """Cores that processes here may use: those of the machine, of a `taskset`, or of a container's quota."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):  # no quota: the file is missing, or says max
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
 
 
 def _space(folder: str) -> dict[str, int] | None:

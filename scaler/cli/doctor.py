@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scaler.cli.common import Json, Overrides
+from scaler.cli.common import Json, Overrides, WrongUse
 
 if TYPE_CHECKING:
     from scaler.doctor.finding import Finding
@@ -44,16 +44,27 @@ def doctor(
     Under torchrun or accelerate (`torchrun … -m scaler.cli doctor`) the processes also add up tensors together: whether
     the sums are right, and how fast they come. `--quick` is made for the healthcheck of a container.
     """
+    from scaler.doctor.examine import examine
     from scaler.doctor.finding import worst
 
     started = time.monotonic()
-    asked = {"quick": quick}
-    with ThreadPoolExecutor() as pool:
-        from scaler.doctor.checks import run_check
-
-        found = list(pool.map(lambda name: run_check(name, asked), ("versions", "installation")))
-    findings = [finding for several in found for finding in several]
-    _show(findings, as_json=as_json, seconds=time.monotonic() - started)
+    if recipe is None and overrides:
+        raise WrongUse(f"{overrides[0]!r} without a recipe; name the recipe first, as dinov2/vits16_in1k")
+    try:
+        findings = examine(
+            recipe,
+            overrides or [],
+            shards=shards,
+            run_dir=run_dir,
+            hosts=hosts,
+            processes=processes,
+            port=port,
+            quick=quick,
+        )
+    except ValueError as error:
+        raise WrongUse(str(error)) from None
+    if os.environ.get("RANK", "0") == "0" or findings[-1].level == "error":  # which the others may not know of
+        _show(findings, as_json=as_json, seconds=time.monotonic() - started)
     if worst(findings) == "error":
         raise typer.Exit(1)
 
@@ -76,4 +87,5 @@ def _show(findings: list[Finding], *, as_json: bool, seconds: float) -> None:
         console.print(Text.assemble(level, check, host, finding.found))
         if finding.fix:
             console.print(Text.assemble(" " * (width + 10), ("→ " + finding.fix, "bold")))
-    console.print(f"{counts['error']} errors, {counts['warning']} warnings, {seconds:.0f} s")
+    said = [f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items() if level != "ok"]
+    console.print(f"{', '.join(said)}, {seconds:.0f} s")

@@ -24,6 +24,10 @@ from scaler.doctor.finding import Finding
 CHECKS = {
     "versions": "scaler.doctor.versions",
     "installation": "scaler.doctor.installation",
+    "deepspeed": "scaler.doctor.deepspeed_ops",
+    "recipe": "scaler.doctor.recipe",
+    "data": "scaler.doctor.data",
+    "ranks": "scaler.doctor.ranks",
 }
 
 
@@ -44,8 +48,9 @@ def run_check(name: str, asked: Mapping[str, Any], *, seconds: float = 60) -> li
             failure = None if process.returncode == 0 else _failure(process.returncode, errors.decode(errors="replace"))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            out, _ = process.communicate()
-            failure = f"was not done after {seconds:.0f} s"
+            out, errors = process.communicate()
+            lines = errors.decode(errors="replace").strip().splitlines()
+            failure = f"was not done after {seconds:.0f} s" + (f"; its last words: {lines[-1]}" if lines else "")
     findings = [Finding(**json.loads(line)) for line in out.decode().splitlines() if line.endswith("}")]
     if failure is not None:
         fix = f"{' '.join(command[:4])} '{command[4]}' shows where"

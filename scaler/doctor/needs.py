@@ -1,8 +1,8 @@
-"""What a run takes of each machine: counted from the recipe's model without its memory, before anything is started."""
+"""What a run takes of each machine that it is started on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scaler.recipe import Recipe
 from shards.places import without_secrets
@@ -44,6 +44,26 @@ class Needs:
             unchecked=f"data.shards on the hosts, since {without_secrets(data.shards)} is {why}" if why else "",
             folders=tuple(sorted({place for folder in (recipe.run.dir, checkpoints) if (place := _local(folder))})),
             checkpoints=_local(checkpoints),
+        )
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, checkpoint_bytes: int, batch_bytes: int, processes: int) -> Needs:
+        """All of it.
+
+        Args:
+            recipe: the recipe.
+            checkpoint_bytes: of one checkpoint.
+            batch_bytes: of the pixels of one micro-batch, as loader processes hand it over.
+            processes: that train on a machine.
+        """
+        workers, saved = recipe.data.num_workers, recipe.checkpoint
+        at_a_time = _READY * workers + _HELD if workers else 0
+        return replace(
+            cls.places(recipe),
+            checkpoint_bytes=checkpoint_bytes,
+            num_checkpoints=saved.keep_last + 1 + (saved.keep_best and recipe.data.val_shards is not None),
+            loader_processes=workers * processes,
+            loader_bytes=at_a_time * batch_bytes * processes,
         )
 
 

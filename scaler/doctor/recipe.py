@@ -1,0 +1,87 @@
+"""A recipe: whether it is right, and what a run of it takes of a machine, counted on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any
+
+from scaler.doctor.finding import Finding, first_line
+
+
+def check(asked: dict[str, Any]) -> Iterator[Finding]:
+    """The recipe's `Needs` as the facts of a finding, with the `views` that its loader cuts.
+
+    Args:
+        asked: `recipe` and `overrides` as on a command line, `processes` of a machine, `ranks` of all machines.
+    """
+    try:
+        from scaler.recipe import load_recipe
+
+        recipe = load_recipe(asked["recipe"], overrides=asked["overrides"])
+    except ValueError as error:
+        for line in str(error).splitlines():
+            yield Finding("error", "recipe", line)
+        return
+    except (ImportError, OSError, RuntimeError) as error:  # torch, or what does not fit it
+        yield Finding("error", "recipe", f"not looked at: {first_line(error)}", "mend the installation first")
+        return
+    if recipe.strategy.name.startswith("zero") and find_spec("deepspeed") is None:
+        found = f"strategy.name={recipe.strategy.name} needs DeepSpeed, which is not installed"
+        yield Finding("error", "deepspeed", found, "pip install 'scaler[deepspeed]'")
+    try:
+        facts = _measured(recipe, processes=asked["processes"], ranks=asked["ranks"])
+    except ValueError as error:
+        yield Finding("error", "recipe", first_line(error))
+        return
+    found = (
+        f"{asked['recipe']}: {facts['parameters'] / 1e6:.1f} M trained parameters, a checkpoint of "
+        f"{facts['checkpoint_bytes'] / 1e9:.2f} GB; batches of {recipe.data.global_batch_size} lie on "
+        f"{asked['ranks']} process{'es' * (asked['ranks'] > 1)}"
+    )
+    yield Finding("ok", "recipe", found, facts=facts)
+
+
+def _measured(recipe: Any, *, processes: int, ranks: int) -> dict[str, Any]:
+    """Of one run: bytes of a checkpoint, of the loader's shared memory, and how many loader processes.
+
+    The method and its optimiser are built on the meta device, as a run would build them, and nothing is allocated.
+    """
+    import torch
+
+    from scaler.collectives import World
+    from scaler.doctor.needs import Needs
+    from scaler.layout import batch_layout
+    from scaler.methods import method_class
+    from scaler.optimizers import build_optimizer
+    from scaler.strategies.base import create_state
+    from scaler.timetable import batch_sizes
+
+    with torch.device("meta"):
+        method = method_class(recipe.method.name)(recipe.method, image_size=recipe.data.image_size, world=World())
+        optimizer = build_optimizer(recipe.optim, method.parameter_groups(recipe.optim))
+        create_state(optimizer)
+    weights = sum(tensor.nbytes for tensor in method.state_dict().values())
+    states = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
+    if recipe.strategy.min_ranks is None:
+        for size in batch_sizes(recipe):
+            batch_layout(size, micro_batch_size=recipe.strategy.micro_batch_size, ranks=ranks)
+    stages = [(recipe.data.global_batch_size, recipe.data.image_size)]
+    stages += [(s.global_batch_size or stages[0][0], s.image_size or stages[0][1]) for s in recipe.data.stages]
+    views = {size: method.views_at(size) for _, size in stages}
+    pixels = {size: sum(view.count * 3 * view.size**2 for view in views[size]) for size in views}
+    micro = recipe.strategy.micro_batch_size
+    needs = Needs.of(
+        recipe,
+        checkpoint_bytes=weights + sum(state.nbytes for state in states),
+        batch_bytes=max((micro or -(-batch // ranks)) * pixels[size] for batch, size in stages),
+        processes=processes,
+    )
+    return {
+        **asdict(needs),
+        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "views": [asdict(view) for view in views[recipe.data.image_size]],
+        "data": None if recipe.data.reader == "stream" else recipe.data.shards,
+        "cache_dir": recipe.data.cache_dir,
+    }
