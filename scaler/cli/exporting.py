@@ -25,7 +25,7 @@ def export(
             "(.safetensors, .pth, …) or a folder of timm's."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="A folder for timm; a file .pth, .pt or .onnx for the others.")],
+    out: Annotated[str, typer.Argument(help="A folder for timm; a file .pth, .pt or .onnx for the others.")],
     format: Annotated[
         Literal["timm", "dinov2", "torchscript", "onnx"],
         typer.Option(help="timm's folder; the original DINOv2's names; TorchScript; ONNX."),
@@ -75,11 +75,11 @@ def export(
         backbone=backbone,
         image_size=image_size,
         license=license,
-        name=push,
+        repository=push,
         overwrite=overwrite,
     )
     if push is not None:
-        report["pushed"] = hub.push(out, push, private=private)
+        report["pushed"] = hub.push(Path(out), push, private=private)
     if as_json:
         print(json.dumps(report))
         return

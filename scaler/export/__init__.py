@@ -53,7 +53,7 @@ def export(
     backbone: str | None = None,
     image_size: int | None = None,
     license: str | None = None,
-    name: str | None = None,
+    repository: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the encoder of any source that evaluations open (`scaler.evals.checkpoints.load_for_evaluation`).
@@ -64,7 +64,7 @@ def export(
         classifier: with the classifier of a supervised run.
         dynamic_size: `onnx` and `torchscript`: for images of other sizes too; the others always are.
         backbone, image_size: of a file of weights, as for `load_for_evaluation`.
-        license: of the weights, and `name` of the model (a hub's `user/name`), for the model card.
+        license: of the weights, as the model card names it, and `repository` the hub's that it says to load.
         overwrite: replace what an earlier export left there.
 
     Returns:
@@ -101,7 +101,8 @@ def export(
             "difference": difference,
         }
         if format == "timm":
-            text = card(encoder, source=source, name=name or str(target), report=report, license=license)
+            opens = f"hf-hub:{repository}" if repository else f"local-dir:{target}"
+            text = card(encoder, source=source, place=opens, report=report, license=license)
             (place / "README.md").write_text(text)
         files = [path for path in place.parent.rglob("*") if path.is_file()]
         report["bytes"] = sum(path.stat().st_size for path in files)

@@ -32,12 +32,12 @@ with torch.no_grad():
 """
 
 
-def card(encoder: Encoder, *, source: str, name: str, report: Mapping[str, Any], license: str | None) -> str:
+def card(encoder: Encoder, *, source: str, place: str, report: Mapping[str, Any], license: str | None) -> str:
     """The card's text, with all that the source still knows of its training.
 
     Args:
         source: what was exported.
-        name: what the model is called: of a hub's repository (`user/name`), or of the folder.
+        place: what timm opens: `hf-hub:user/name`, or `local-dir:` and the folder.
         report: of the export, see `scaler.export.export`.
         license: of the weights; None: not stated.
     """
@@ -48,12 +48,11 @@ def card(encoder: Encoder, *, source: str, name: str, report: Mapping[str, Any],
         "tags": ["timm", "scaler", *([manifest["recipe"]["method"]["name"]] if manifest else [])],
         **({"license": license} if license else {}),
     }
-    place = f"hf-hub:{name}" if "/" in name else f"local-dir:{name}"
     scores = dict(_scores(run_dir, step=manifest["step"])) if manifest and run_dir else {}
     checked = ", ".join(f"{key} {value:.1e}" for key, value in report["difference"].items())
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
-        f"# {name.rpartition('/')[2]}\n",
+        f"# {PurePosixPath(place.partition(':')[2]).name}\n",
         _what(encoder, manifest, part=report["part"]),
         f"## Use\n\n{_USE.format(place=place, width=encoder.model.head_hidden_size)}",
         _table("Model", _model_facts(encoder, report)),

@@ -15,7 +15,7 @@ from scaler.methods.base import Method
 from scaler.nn.backbones import Backbone, TimmBackbone, set_small_stem_
 from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Normalization
-from scaler.weights import is_timm, timm_config
+from scaler.weights import FILES, is_timm, timm_config
 from shards.places import locate
 
 Part = Literal["evaluated", "student"]
@@ -142,17 +142,20 @@ def _architecture(
     source: str, method: Method, trained: Backbone, *, backbone: str | None
 ) -> tuple[str, dict[str, Any]]:
     """timm's name of a backbone, and the arguments that make it; a ViT's are read off the model itself."""
-    settings, saved = method.settings, {}
+    settings = method.settings
+    saved: dict[str, Any] = {}  # what a folder of timm's says
     if settings is not None:
         name = settings.backbone
     elif is_timm(source):
         name = source.partition(":")[2] or backbone
+    elif (config := None if source.endswith(FILES) else timm_config(locate(source))) is not None:
+        name, saved = backbone or config["architecture"], dict(config.get("model_args", {}))
+        saved.pop("num_classes", None)
     else:
-        config = timm_config(locate(source)) if backbone is None else None
-        name, saved = (backbone, {}) if config is None else (config["architecture"], config.get("model_args", {}))
+        name = backbone
     architecture = str(name).partition(".")[0]  # without the tag of timm's own weights
     if isinstance(trained, PackedViT):
-        return architecture, _vit_arguments(trained)
+        return architecture, {**saved, **_vit_arguments(trained)}
     overrides = {key: getattr(settings, key, None) for key in ("depth", "embed_dim", "num_heads")}
     if trained.fixed_size:
         overrides["img_size"] = method.image_size
