@@ -107,6 +107,31 @@ def attention(
     print(out)
 
 
+@show.command(epilog="Example: scaler show run runs/first runs/second --out report.html")
+def run(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, up to 8.")],
+    samples: Annotated[int, typer.Option(min=0, help="Of each run's last batch, as pictures; 0: none.")] = 4,
+    picture: Annotated[
+        list[Path] | None, typer.Option(help="An image file that the page shows too; may be given again.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One page that compares runs: curves, speed, memory, alarms, recipes, rejected samples, pictures.
+
+    The page is one file and opens from a disk without a network. Runs may be unfinished, empty or damaged.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise WrongUse(f"--out {out}: the report is a web page; end the name in .html")
+    _check_folder(out)
+    from scaler.show.report import write_report
+
+    for record in write_report(out, runs, samples=samples, pictures=picture or []):
+        print(f"{record.name}: {record.state}")
+        for problem in record.problems:
+            print(f"{record.name}: {problem}")
+    print(out)
+
+
 def _model(source: str, **options: Any) -> EvaluationModel:
     """The model to look into, and a word on it."""
     from scaler.evals.checkpoints import load_for_evaluation
@@ -121,5 +146,9 @@ def _check_png(out: Path) -> None:
     """Refuse a file to write before the work is done that goes into it."""
     if out.suffix.lower() != ".png":
         raise WrongUse(f"--out {out}: pictures are PNGs; end the name in .png")
+    _check_folder(out)
+
+
+def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise WrongUse(f"--out {out}: there is no folder {out.parent}")
