@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Job
-from scaler.doctor.finding import Finding
+from scaler.doctor.finding import Finding, sized
 from scaler.doctor.needs import Needs
 
 _FILES = 4096  # open files that a process with its loader and hundreds of shards may come to
@@ -75,11 +75,11 @@ def _disk(name: str, place: dict[str, Any], *, needs: Needs) -> Finding:
             level="error", found=f"cannot write to {folder}: {place['error']}", fix="change run.dir or its rights"
         )
     megabytes = place["bytes"] / 1e6 / place["seconds"]
-    found = f"{folder}: {_bytes(space['free'])} free, written with {megabytes:.0f} MB/s"
+    found = f"{folder}: {sized(space['free'])} free, written with {megabytes:.0f} MB/s"
     total, kept = needs.num_checkpoints * needs.checkpoint_bytes, needs.num_checkpoints
     fix = "free some, put them elsewhere (checkpoint.dir), or keep fewer (checkpoint.keep_last=1)"
     if total and _existing(needs.checkpoints) == folder:
-        found += f"; {kept} checkpoints of {_bytes(needs.checkpoint_bytes)} take {_bytes(total)}"
+        found += f"; {kept} checkpoints of {sized(needs.checkpoint_bytes)} take {sized(total)}"
         if space["free"] < total:
             return finding(level="error", found=found, fix=fix)
     elif space["free"] < _SPARE_BYTES:
@@ -97,9 +97,9 @@ def _shared_memory(name: str, space: dict[str, int] | None, *, needs: Needs) -> 
     )
     if space is None:
         return finding(level="error", found="there is none, and loader processes hand over images in it", fix=fix)
-    found = f"{_bytes(space['free'])} of {_bytes(space['total'])} free"
+    found = f"{sized(space['free'])} of {sized(space['total'])} free"
     if needs.loader_bytes:
-        found += f"; {needs.loader_processes} loader processes take up to {_bytes(needs.loader_bytes)}"
+        found += f"; {needs.loader_processes} loader processes take up to {sized(needs.loader_bytes)}"
     if space["free"] >= wanted:
         return finding(level="ok", found=found)
     return finding(level="error" if needs.loader_bytes else "warning", found=found, fix=fix)
@@ -158,8 +158,3 @@ def _existing(path: str | None) -> str | None:
     while not os.path.isdir(place):
         place = place.parent
     return str(place)
-
-
-def _bytes(number: int) -> str:
-    """`number` bytes in GB or MB."""
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

@@ -74,6 +74,8 @@ def _show(findings: list[Finding], *, as_json: bool, seconds: float) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from scaler.doctor.finding import counted
+
     counts = {level: sum(finding.level == level for finding in findings) for level in ("ok", "warning", "error")}
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], **counts, "seconds": seconds}))
@@ -87,5 +89,5 @@ def _show(findings: list[Finding], *, as_json: bool, seconds: float) -> None:
         console.print(Text.assemble(level, check, host, finding.found))
         if finding.fix:
             console.print(Text.assemble(" " * (width + 10), ("→ " + finding.fix, "bold")))
-    said = [f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items() if level != "ok"]
-    console.print(f"{', '.join(said)}, {seconds:.0f} s")
+    said = f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}"
+    console.print(f"{said}, {seconds:.0f} s")

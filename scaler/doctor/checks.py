@@ -39,7 +39,7 @@ def run_check(name: str, asked: Mapping[str, Any], *, seconds: float = 60) -> li
         asked: what it is to look at; JSON.
         seconds: after which it is ended.
     """
-    command = [sys.executable, "-m", "scaler.doctor.checks", name, json.dumps(asked)]
+    command = [sys.executable, "-m", "scaler.doctor.checks", CHECKS[name], json.dumps(asked)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
@@ -66,11 +66,11 @@ def _failure(code: int, errors: str) -> str:
 
 
 def main() -> None:
-    """`python -m scaler.doctor.checks NAME ASKED`: findings on standard output, all other output on standard error."""
-    name, asked = sys.argv[1:]
+    """`python -m scaler.doctor.checks MODULE ASKED`: findings on standard output, all else on standard error."""
+    module, asked = sys.argv[1:]
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
-        for finding in import_module(CHECKS[name]).check(json.loads(asked)):
+        for finding in import_module(module).check(json.loads(asked)):
             print(json.dumps(asdict(finding)), file=out, flush=True)
 
 

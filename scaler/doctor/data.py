@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaler.doctor.finding import Finding, first_line
+from scaler.doctor.finding import Finding, counted, first_line
 
 _READ_SECONDS, _DECODE_SECONDS = 1.0, 1.5
 _CHUNK = 4 << 20  # bytes read at a time
@@ -44,14 +44,19 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield finding
         return
     facts = {"samples": index.num_samples, "shards": len(index.shard_names), "bytes": index.num_bytes}
-    found = f"{place}: {index.num_samples} images of {len(index.class_names)} classes in {facts['shards']} shards"
+    found = f"{place}: {counted(index.num_samples, 'image')} in {counted(facts['shards'], 'shard')}"
     if advice := sorted_by_class(index):
         yield Finding("warning", "shards", f"{found}; {advice}", facts=facts)
     else:
         yield Finding("ok", "shards", f"{found}, all there", facts=facts)
     if isinstance(index.shards_at, Path):
         yield _read_rate(index)
-    yield _decode_rate(index, views=asked["views"], cores=asked["cores"])
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError):  # which `scaler.doctor.installation` tells
+        yield Finding("ok", "decoding", "not measured, since torch cannot be imported")
+    else:
+        yield _decode_rate(index, views=asked["views"], cores=asked["cores"])
 
 
 def _no_index(place: str, error: ValueError) -> Finding:
@@ -68,7 +73,7 @@ def _no_index(place: str, error: ValueError) -> Finding:
     if isinstance(error.__cause__, FileNotFoundError):
         shards = len(list(folder.glob("*.tar")))
         fix = f"scaler index {place}" if shards else f"scaler convert IMAGES {place}"
-        return Finding("error", "shards", f"{place} holds no index.json, and {shards} shards", fix)
+        return Finding("error", "shards", f"{place} holds no index.json, and {counted(shards, 'shard')}", fix)
     return Finding("error", "shards", first_line(error), f"scaler index {place}")
 
 

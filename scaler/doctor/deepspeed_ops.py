@@ -16,6 +16,10 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("ok", "DeepSpeed", "not installed; zero1, zero2, zero3 need it (pip install 'scaler[deepspeed]')")
         return
     try:
+        import torch  # noqa: F401
+    except (ImportError, OSError):
+        return  # which `scaler.doctor.installation` tells
+    try:
         import deepspeed
     except Exception as error:  # it looks for a compiler, for CUDA, for a launcher, and each fails in its own way
         fix = "pip install --upgrade 'scaler[deepspeed]'"

@@ -17,6 +17,7 @@ from scaler.doctor.finding import Finding
 from scaler.doctor.needs import Needs
 from scaler.recipe import StrategySettings
 
+_MEETING_SECONDS = 180  # the first process of a machine comes to the meeting when it has looked at that
 _WRITTEN = 32 << 20  # bytes of the file by which a disk's rate is measured
 
 
@@ -60,7 +61,7 @@ def examine(
         port=port,
     )
     if not first_here:
-        return run_check("ranks", {"findings": []}, seconds=90)
+        return run_check("ranks", {"findings": []}, seconds=_MEETING_SECONDS)
     words = [*overrides, *([f"data.shards={shards}"] * bool(shards)), *([f"run.dir={run_dir}"] * bool(run_dir))]
     asked: dict[str, dict[str, Any]] = {
         "versions": {},
@@ -91,7 +92,7 @@ def examine(
         question = {"shards": facts["data"], "views": facts["views"], "cache_dir": facts["cache_dir"]}
         findings += run_check("data", {**question, "cores": cores(), "elsewhere": bool(job.hosts)})
     if started > 1:
-        findings = run_check("ranks", {"findings": [asdict(finding) for finding in findings]}, seconds=90)
+        findings = run_check("ranks", {"findings": [asdict(finding) for finding in findings]}, seconds=_MEETING_SECONDS)
     return findings
 
 

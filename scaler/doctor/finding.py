@@ -38,6 +38,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def counted(number: int, what: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def sized(number: float) -> str:
+    """`number` bytes in GB or MB."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"
+
+
 def worst(findings: Iterable[Finding]) -> Level:
     """The gravest level among them."""
     levels: tuple[Level, ...] = ("error", "warning", "ok")

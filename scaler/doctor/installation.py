@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scaler.doctor.finding import Finding, first_line
+from scaler.doctor.finding import Finding, counted, first_line
 
 _ERRORS = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # of a product of 512 terms, relative to its norm
 _SPEED_SIZE = 8192  # rows and columns of the matrices whose product is timed
@@ -171,8 +171,8 @@ def _cpu(torch: Any) -> Finding:
     wrong = _wrong_products(torch, torch.device("cpu"))
     if wrong:
         return Finding("error", "CPU", wrong, "pip install --force-reinstall torch; then have the memory tested")
-    threads = torch.get_num_threads()
-    return Finding("ok", "CPU", f"no GPU: training runs on the CPU over gloo; products are right on {threads} threads")
+    threads = counted(torch.get_num_threads(), "thread")
+    return Finding("ok", "CPU", f"no GPU: training runs on the CPU over gloo; products are right on {threads}")
 
 
 def _wrong_products(torch: Any, device: Any) -> str:

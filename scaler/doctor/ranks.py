@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from scaler.doctor.finding import Finding, first_line
+from scaler.doctor.finding import Finding, counted, first_line
 
 _NUMBERS = (1 << 20) + 3  # added up to see whether the sums are right; no multiple of anything
 _BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # added up to see how fast
@@ -40,7 +40,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         if several:
             yield _clocks(world, hosts)
     except (ValueError, RuntimeError) as error:
-        here = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        here = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
         fix = "scaler doctor --hosts HOSTFILE looks at names, interfaces and ports; GLOO_SOCKET_IFNAME chooses one"
         yield Finding("error", "all-reduce", f"{here}: {first_line(error)}", fix)
 
@@ -59,7 +59,9 @@ def _sums(world: Any, device: Any, hosts: list[str]) -> Finding:
         who = ", ".join(f"rank {r} ({hosts[r]}): {n} of {_NUMBERS}" for r, n in enumerate(counts) if n)
         fix = "NCCL_DEBUG=INFO says over what they go; try NCCL_P2P_DISABLE=1, then NCCL_IB_DISABLE=1, to find the part"
         return Finding("error", "all-reduce", f"wrong sums on {who}", fix, facts={"wrong": counts})
-    return Finding("ok", "all-reduce", f"{world.size} processes on {len(set(hosts))} machines add up exactly")
+    return Finding(
+        "ok", "all-reduce", f"{world.size} processes on {counted(len(set(hosts)), 'machine')} add up exactly"
+    )
 
 
 def _speed(world: Any, device: Any, *, several: bool) -> Finding:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
-from scaler.doctor.finding import Finding, first_line
+from scaler.doctor.finding import Finding, first_line, sized
 
 
 def check(asked: dict[str, Any]) -> Iterator[Finding]:
@@ -36,9 +36,9 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "recipe", first_line(error))
         return
     found = (
-        f"{asked['recipe']}: {facts['parameters'] / 1e6:.1f} M trained parameters, a checkpoint of "
-        f"{facts['checkpoint_bytes'] / 1e9:.2f} GB; batches of {recipe.data.global_batch_size} lie on "
-        f"{asked['ranks']} process{'es' * (asked['ranks'] > 1)}"
+        f"{asked['recipe']}: {facts['parameters'] / 1e6:.3g} M trained parameters, a checkpoint takes "
+        f"{sized(facts['checkpoint_bytes'])}; batches of {recipe.data.global_batch_size} lie on {asked['ranks']} "
+        f"process{'es' * (asked['ranks'] > 1)}"
     )
     yield Finding("ok", "recipe", found, facts=facts)
 
