@@ -125,6 +125,7 @@
     const pad = (up(high) - up(low)) * 0.05, bottom = up(low) - pad, top = up(high) + pad;
     const inner = {w: width - margin.left - margin.right, h: height - margin.top - margin.bottom};
     const px = (x) => margin.left + (x - x0) / (x1 - x0) * inner.w;
+    const clipped = (x) => px(x) - margin.left + 4;  // inside of a frame that leaves dots at its ends whole
     const py = (y) => margin.top + (top - up(y)) / (top - bottom) * inner.h;
     const out = [];
     for (const y of logarithmic ? logTicks(low, high) : ticks(low, high, 4)) {
@@ -133,14 +134,14 @@
       out.push(`<text x="${margin.left - 6}" y="${at}" dy="4" text-anchor="end">${text(y)}</text>`);
     }
     out.push(xAxis(x0, x1, px, width, height));
-    out.push(`<svg x="${margin.left}" y="0" width="${inner.w}" height="${height - margin.bottom}" style="overflow:hidden">`);
+    out.push(`<svg x="${margin.left - 4}" y="0" width="${inner.w + 8}" height="${height - margin.bottom}" style="overflow:hidden">`);
     for (const series of panel.shown) {
       const line = (values) => {
         let path = "", pen = "M";
         series.x.forEach((x, i) => {
           const y = values[i];
           if (y === null || (logarithmic && y <= 0)) { pen = "M"; return; }
-          path += `${pen}${(px(x) - margin.left).toFixed(1)} ${py(y).toFixed(1)}`;
+          path += `${pen}${clipped(x).toFixed(1)} ${py(y).toFixed(1)}`;
           pen = "L";
         });
         return path;
@@ -152,10 +153,10 @@
       series.x.forEach((x, i) => {
         const y = series.smooth[i];
         if (!dots || y === null || (logarithmic && y <= 0)) return;
-        out.push(`<circle cx="${(px(x) - margin.left).toFixed(1)}" cy="${py(y).toFixed(1)}" r="2.2" fill="${color(series.run)}"/>`);
+        out.push(`<circle cx="${clipped(x).toFixed(1)}" cy="${py(y).toFixed(1)}" r="2.2" fill="${color(series.run)}"/>`);
       });
       for (const x of series.bad) {
-        const at = px(x) - margin.left;
+        const at = clipped(x);
         out.push(`<path d="M${at - 3} 3l6 6m0-6l-6 6" stroke="var(--bad)" stroke-width="1.6"><title>not finite</title></path>`);
       }
     }

@@ -37,10 +37,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 GROUPS: tuple[tuple[str, str], ...] = (
     ("Loss", r"loss|loss/.*"),
     ("Evaluation on held-out images", r"val/.*"),
-    (
-        "Signs of health",
-        r"accuracy|embedding_std|prototype_entropy|agreement|grad_norm|negatives|rejected|loss_scale.*",
-    ),
+    ("Signs of health", r"accuracy|embedding_std|prototype_entropy|agreement|grad_norm|negatives|rejected|.*_scale"),
     ("Schedules", r"lr|weight_decay|momentum|teacher_temperature|last_layer_lr.*|gram_.*"),
     ("Speed", r"images_per_second|data_wait|gpu_utilization|seconds/step"),
     ("Memory", r"memory.*"),
@@ -95,7 +92,8 @@ def page(runs: list[RunRecord], *, batches: Sequence[str], given: Sequence[tuple
         batches: for each run the HTML of a picture of a batch, or why there is none; empty: leave that section out.
         given: names and data URLs of further pictures.
     """
-    panels, sections = [], []
+    panels: list[dict[str, Any]] = []
+    sections = []
     for title, body in _curves(runs, panels):
         sections.append(_folded(title, body) if title in _FOLDED else f"<h2>{title}</h2>{body}")
     sections += [
@@ -140,7 +138,7 @@ def page(runs: list[RunRecord], *, batches: Sequence[str], given: Sequence[tuple
 <span class="faint">hover: values · drag: zoom · double click: whole run</span>
 </nav>
 <main>
-<noscript><p class="bad">The curves are drawn by a script in this page, and scripts are switched off here.</p></noscript>
+<noscript><p class="bad">A script in this page draws the curves, and scripts are switched off here.</p></noscript>
 <h2>Runs</h2>
 {_overview(runs)}
 {_problems(runs)}
@@ -275,13 +273,14 @@ def _overview(runs: list[RunRecord]) -> str:
         state = f'<span class="{"bad" if run.failed else ""}">{html.escape(run.state)}</span>'
         facts = "".join(f'<td class="number">{cells[number][column]}</td>' for column in used)
         rows.append(
-            f'<tr><td>{_sample(number)} <b title="{html.escape(str(run.path))}">{html.escape(run.name)}</b></td>'
+            f'<tr><td class="name">{_sample(number)} <b title="{html.escape(str(run.path))}">{html.escape(run.name)}</b></td>'
             f'<td class="value">{state}</td>{facts}</tr>'
         )
     methods = {name for run in runs if (name := _at(run.recipe, "method", "name"))}
     note = '<p class="faint">Losses of different methods do not compare.</p>' if len(methods) > 1 else ""
     typical = '<p class="faint">Speed and waiting are medians over the logged rows, memory is the largest.</p>'
-    return f'<div class="wide"><table><tr><th>run</th><th>state</th>{head}</tr>{"".join(rows)}</table></div>{typical}{note}'
+    head = f"<tr><th>run</th><th>state</th>{head}</tr>"
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>{typical}{note}'
 
 
 def _problems(runs: list[RunRecord]) -> str:
@@ -296,8 +295,16 @@ def _recipes(runs: list[RunRecord]) -> str:
         return ""
     parts = []
     if len(having) > 1:
-        table = _compared({run.name: dict(flatten(run.recipe)) for run in having}, only_different=True)
-        parts.append(table or "<p>The recipes are the same.</p>")
+        flat = {run.name: dict(flatten(run.recipe)) for run in having}
+        methods = {recipe.get("method.name") for recipe in flat.values()}
+        if len(methods) > 1:  # what only one of the methods knows of would bury the rest
+            common = set.intersection(*(set(recipe) for recipe in flat.values()))
+            flat = {
+                name: {key: value for key, value in recipe.items() if key in common or not key.startswith("method.")}
+                for name, recipe in flat.items()
+            }
+            parts.append('<p class="faint">What differs, without the settings that only one of the methods has.</p>')
+        parts.append(_compared(flat, only_different=True) or "<p>The recipes are the same.</p>")
     for run in having:
         lines = "\n".join(f"{key}: {json.dumps(value, default=str)}" for key, value in flatten(run.recipe))
         parts.append(
@@ -391,10 +398,9 @@ def _pictures(runs: list[RunRecord], batches: Sequence[str], given: Sequence[tup
         f"<figure><figcaption>{_sample(number)} <b>{html.escape(run.name)}</b></figcaption>{picture}</figure>"
         for number, (run, picture) in enumerate(zip(runs, batches, strict=False))
     ]
-    parts += [
-        f'<figure><figcaption><b>{html.escape(name)}</b></figcaption><img alt="{html.escape(name)}" src="{url}"></figure>'
-        for name, url in given
-    ]
+    for name, url in given:
+        words = html.escape(name)
+        parts.append(f'<figure><figcaption><b>{words}</b></figcaption><img alt="{words}" src="{url}"></figure>')
     return f'<div class="pictures">{"".join(parts)}</div>' if parts else ""
 
 
@@ -443,7 +449,7 @@ def _sample(run: int) -> str:
     """A run's line as the curves draw it."""
     dash = ' stroke-dasharray="6 3"' if run >= 4 else ""
     line = f'<line x1="0" x2="26" y1="5" y2="5" stroke="var(--run{run})" stroke-width="3"{dash}/>'
-    return f'<svg aria-hidden="true" viewBox="0 0 26 10">{line}</svg>'
+    return f'<svg class="line" aria-hidden="true" viewBox="0 0 26 10">{line}</svg>'
 
 
 def _folded(title: str, body: str) -> str:

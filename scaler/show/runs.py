@@ -134,7 +134,7 @@ def _mapping(record: RunRecord, name: str, parse: Any) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
-        record.problems.append(f"{name} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")
+        record.problems.append(f"{name} cannot be read: {' '.join(str(error).split()) or repr(error)}")
         return {}
     if not isinstance(found, dict):
         record.problems.append(f"{name} holds no mapping")
@@ -161,7 +161,7 @@ def _lines(record: RunRecord, name: str) -> Iterator[dict[str, Any]]:
     except OSError as error:
         record.problems.append(f"{name} cannot be read: {error.strerror}")
     if damaged:
-        record.problems.append(f"{name}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}")
+        record.problems.append(f"{name}: damaged lines are left out: {len(damaged)}, the first is line {damaged[0]}")
 
 
 def _columns(record: RunRecord) -> dict[str, Floats]:
@@ -181,7 +181,7 @@ def _columns(record: RunRecord) -> dict[str, Floats]:
             column.append(float("inf") if value is None else float(value))
         steps.append(float(step))
     if strange:
-        record.problems.append(f"metrics.jsonl: {strange} rows without a step are left out")
+        record.problems.append(f"metrics.jsonl: rows without a step are left out: {strange}")
     if not steps:
         return {}
     order = np.argsort(np.array(steps), kind="stable")
