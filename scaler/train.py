@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -433,6 +434,18 @@ def _fail(error: Exception, *, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
 
+
+class _Callable(ModuleType):
+    """This module, which notebooks call as a function: `scaler.train("dinov2/demo", …)`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """See `scaler.notebook.train`."""
+        from scaler.notebook import train as train_here
+
+        return train_here(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

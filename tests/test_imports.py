@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "scaler": ["scaler", "shards"],
     "scaler.cli": ["scaler", "shards", "launch"],
     "scaler.demo": ["scaler", "shards", "launch"],
+    "scaler.notebook": ["scaler", "shards", "launch"],
     "scaler.doctor": ["scaler", "shards", "launch"],
     "scaler.methods": ["scaler.methods", "scaler.nn", "scaler.collectives", "scaler.schedules", "shards"],
     "scaler.nn": ["scaler.nn", "scaler.collectives", "shards"],
