@@ -4,8 +4,9 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const view = {x: "step", range: null, smooth: 0, log: new Set(), hidden: new Set(), at: null};
-  const margin = {left: 56, right: 10, top: 8, bottom: 22};
+  const margin = {left: 56, right: 20, top: 8, bottom: 22};
   const panels = [];
+  const FEW = 40;  // points of a curve that are drawn as dots and never smoothed
 
   // ------------------------------------------------------------------ numbers
 
@@ -55,7 +56,7 @@
 
   // An exponential average that is right from its first value on (Adam's correction).
   function smoothed(values) {
-    if (!view.smooth) return values;
+    if (!view.smooth || values.length <= FEW) return values;
     let sum = 0, weight = 0;
     return values.map((value) => {
       if (value === null) return null;
@@ -128,7 +129,7 @@
     const clipped = (x) => px(x) - margin.left + 4;  // inside of a frame that leaves dots at its ends whole
     const py = (y) => margin.top + (top - up(y)) / (top - bottom) * inner.h;
     const out = [];
-    for (const y of logarithmic ? logTicks(low, high) : ticks(low, high, 4)) {
+    for (const y of logarithmic ? logTicks(Math.exp(bottom), Math.exp(top)) : ticks(bottom, top, 4)) {
       const at = py(y).toFixed(1);
       out.push(`<line class="grid" x1="${margin.left}" x2="${width - margin.right}" y1="${at}" y2="${at}"/>`);
       out.push(`<text x="${margin.left - 6}" y="${at}" dy="4" text-anchor="end">${text(y)}</text>`);
@@ -149,7 +150,7 @@
       const style = `fill="none" stroke="${color(series.run)}" stroke-linejoin="round"`;
       if (view.smooth) out.push(`<path ${style} stroke-width="1" opacity=".25" d="${line(series.y)}"/>`);
       out.push(`<path ${style} stroke-width="1.6"${dash(series.run)} d="${line(series.smooth)}"/>`);
-      const dots = series.x.length <= 40;
+      const dots = series.x.length <= FEW;
       series.x.forEach((x, i) => {
         const y = series.smooth[i];
         if (!dots || y === null || (logarithmic && y <= 0)) return;

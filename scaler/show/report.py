@@ -251,8 +251,7 @@ def _overview(runs: list[RunRecord]) -> str:
     columns: list[tuple[str, Callable[[RunRecord], str]]] = [
         ("method", lambda run: str(_at(run.recipe, "method", "name") or "")),
         ("backbone", lambda run: str(_at(run.recipe, "method", "backbone") or "")),
-        ("step", lambda run: _number(run.last("step"), "{:,.0f}")),
-        ("of", lambda run: str(_at(run.recipe, "schedule", "total") or "")),
+        ("step", _progress),
         ("images", lambda run: _number(run.last("images"), "{:,.0f}")),
         ("epoch", lambda run: _number(run.last("epoch"), "{:.2f}")),
         ("loss", lambda run: _number(run.last("loss"), "{:.4g}")),
@@ -272,10 +271,9 @@ def _overview(runs: list[RunRecord]) -> str:
     for number, run in enumerate(runs):
         state = f'<span class="{"bad" if run.failed else ""}">{html.escape(run.state)}</span>'
         facts = "".join(f'<td class="number">{cells[number][column]}</td>' for column in used)
-        rows.append(
-            f'<tr><td class="name">{_sample(number)} <b title="{html.escape(str(run.path))}">{html.escape(run.name)}</b></td>'
-            f'<td class="value">{state}</td>{facts}</tr>'
-        )
+        name = f'<td class="name">{_sample(number)} <b>{html.escape(run.name)}</b></td>'
+        path = html.escape(str(run.path))
+        rows.append(f'<tr title="{path}">{name}<td class="state">{state}</td>{facts}</tr>')
     methods = {name for run in runs if (name := _at(run.recipe, "method", "name"))}
     note = '<p class="faint">Losses of different methods do not compare.</p>' if len(methods) > 1 else ""
     typical = '<p class="faint">Speed and waiting are medians over the logged rows, memory is the largest.</p>'
@@ -485,6 +483,12 @@ def _word(value: Any) -> str:
 
 def _scores(scores: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_word(value)}" for name, value in scores.items())
+
+
+def _progress(run: RunRecord) -> str:
+    """How far the run is, of how much."""
+    step, total = run.last("step"), str(_at(run.recipe, "schedule", "total") or "?")
+    return "" if step is None else f"{step:,.0f} of {total.removesuffix(' steps')}"
 
 
 def _best(run: RunRecord) -> str:
