@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ def judge(name: str, facts: dict[str, Any], *, job: Job, needs: Needs, any_gpus:
             f"data.num_workers={fewer}",
         )
     else:
-        yield ok(
-            "cores", f"{facts['cores']} cores, {facts['files']} open files a process", facts={"cores": facts["cores"]}
-        )
+        found = f"{facts['cores']} cores, {facts['files']} open files a process"
+        yield ok("cores", found, facts={"cores": facts["cores"]})
 
 
 def _disk(name: str, place: dict[str, Any], *, needs: Needs) -> Finding:
@@ -125,7 +124,7 @@ def _network(name: str, facts: dict[str, Any], *, job: Job) -> Iterator[Finding]
             f"{why} means loopback, which gloo would offer to the others, who hang",
             f"add {set_it} GLOO_SOCKET_IFNAME={better}{mend}",
         )
-    elif facts["gpus"] and not _nccl_finds(network["nccl"], network["interfaces"]):
+    elif facts["gpus"] and not nccl_finds(network["nccl"], network["interfaces"]):
         yield error(
             f"NCCL_SOCKET_IFNAME={network['nccl']} fits no interface; there is {shown}",
             f"{set_it} NCCL_SOCKET_IFNAME={better}",
@@ -139,7 +138,7 @@ def real(interfaces: dict[str, str | None]) -> dict[str, str]:
     return {name: address for name, address in interfaces.items() if address and not address.startswith("127.")}
 
 
-def _nccl_finds(pattern: str, interfaces: dict[str, str | None]) -> bool:
+def nccl_finds(pattern: str, interfaces: Iterable[str]) -> bool:
     """NCCL's rule: beginnings of names, `=` before them for whole names, `^` for all others; nothing for any."""
     exact, without = pattern.lstrip("^").startswith("="), pattern.startswith("^")
     words = [word for word in pattern.lstrip("^=").split(",") if word]

@@ -35,7 +35,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         for host, findings in zip(hosts, world.gather_objects(asked["findings"]), strict=True):
             yield from (Finding(**{**finding, "host": host if several else ""}) for finding in findings)
         print("adding up", file=sys.stderr, flush=True)
-        yield _sums(world, device, hosts)
+        yield sums(world, device, hosts)
         yield _speed(world, device, several=several)
         if several:
             yield _clocks(world, hosts)
@@ -45,7 +45,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "all-reduce", f"{here}: {first_line(error)}", fix)
 
 
-def _sums(world: Any, device: Any, hosts: list[str]) -> Finding:
+def sums(world: Any, device: Any, hosts: list[str]) -> Finding:
     """Whole numbers, whose sums are exact in any order; every process knows what the others have."""
     import torch
 

@@ -158,6 +158,21 @@ def test_a_name_that_means_loopback(check: Any, altered: Any) -> None:
     assert check(environment={"GLOO_SOCKET_IFNAME": "eth0"})[0] == []
 
 
+def test_interfaces_that_gloo_should_not_take(check: Any, machines: list[TestHost]) -> None:
+    for machine in machines:  # a bridge as Docker makes it: the same address everywhere, and no way to the others
+        for words in ("link add docker0 type bridge", "address add 172.17.0.1/16 dev docker0", "link set docker0 up"):
+            assert machine.run(["ip", *words.split()]).returncode == 0
+    problems, _ = check(environment={"GLOO_SOCKET_IFNAME": "docker0"})
+    for machine in machines:
+        machine.run(["ip", "link", "del", "docker0"])
+    assert [line.partition(":")[0] for line in problems] == ["host1", "host2"]
+    assert "cannot reach host2 at 172.17.0.1, which gloo offers by GLOO_SOCKET_IFNAME=docker0: " in problems[0]
+    assert all(line.endswith("; --env GLOO_SOCKET_IFNAME=eth0") for line in problems)
+    problems, _ = check(environment={"GLOO_SOCKET_IFNAME": "lo"})
+    assert [line.partition(" ")[0] for line in problems] == ["host1:", "host2:"]
+    assert all("GLOO_SOCKET_IFNAME=lo means loopback" in line for line in problems)
+
+
 def test_hosts_that_cannot_be_reached(check: Any, machines: list[TestHost], altered: Any) -> None:
     (problem,), _ = check(names=("host1", "host3"))
     assert problem.startswith("host3: no ssh (") and "is it up" in problem
