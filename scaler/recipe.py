@@ -337,22 +337,26 @@ def find_recipe(name: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     stem = name.removesuffix(".yaml").removeprefix("configs/")
-    known = shipped_recipes()
-    if stem in known:
-        return known[stem]
-    raise ValueError(f"no recipe {name!r}: it is not a file, and {nearest(stem, list(known))}")
+    for folder in _config_folders():
+        if (folder / f"{stem}.yaml").is_file():
+            return folder / f"{stem}.yaml"
+    raise ValueError(f"no recipe {name!r}: it is not a file, and {nearest(stem, list(shipped_recipes()))}")
 
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the toolkit, short name → file."""
-    package = Path(str(resources.files("scaler")))
-    folders = [folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()]
     return {
         str(path.relative_to(folder).with_suffix("")): path
-        for folder in folders
+        for folder in reversed(_config_folders())
         for method in METHODS
         for path in sorted(folder.glob(f"{method}/*.yaml"))
     }
+
+
+def _config_folders() -> list[Path]:
+    """configs/ of a checkout, or as it is installed from a wheel."""
+    package = Path(str(resources.files("scaler")))
+    return [folder for folder in (package.parent / "configs", package / "configs") if folder.is_dir()]
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
