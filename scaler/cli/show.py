@@ -28,6 +28,7 @@ ImageSize = Annotated[
     int | None,
     typer.Option(min=1, help="Pixels; larger gives finer maps.", show_default="the recipe's, or timm's for the model"),
 ]
+CropFraction = Annotated[float, typer.Option(help="Side of the centre crop, of the resized image.")]
 Device = Annotated[str | None, typer.Option(help="As cpu or cuda:1.", show_default="the first GPU, or cpu")]
 RandomInit = Annotated[bool, typer.Option("--random-init", help="Random weights: the model before any training.")]
 
@@ -104,6 +105,68 @@ def attention(
 
     model = _model(source, image_size=image_size, backbone=backbone, random_init=random_init, device=device)
     attention_sheet(model, open_images(images), num=num, what=source).save(out)
+    print(out)
+
+
+@show.command(epilog="Example: scaler show neighbours runs/first --train shards/train --val shards/val --out near.png")
+def neighbours(
+    source: Source,
+    train: Annotated[str, typer.Option(help="Where neighbours are looked for: shards or a folder of images.")],
+    val: Annotated[str, typer.Option(help="Where the queries are from: shards or a folder of images.")],
+    num: Annotated[int, typer.Option(min=1, help="Queries, evenly spread.")] = 8,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours of each.")] = 8,
+    crop_fraction: CropFraction = 0.875,
+    num_workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="For features.", show_default="the user's cache folder, as for scaler eval")
+    ] = None,
+    image_size: ImageSize = None,
+    backbone: Backbone = None,
+    random_init: RandomInit = False,
+    device: Device = None,
+    out: Out = Path("neighbours.png"),
+) -> None:
+    """Images with the training images that the model finds most alike, right and wrong classes framed."""
+    _check_png(out)
+    from scaler.evals.images import open_images
+    from scaler.evals.store import Kept
+    from scaler.show.neighbours import neighbour_sheet
+
+    model = _model(source, image_size=image_size, backbone=backbone, random_init=random_init, device=device)
+    sheet = neighbour_sheet(
+        model,
+        open_images(train),
+        open_images(val),
+        num=num,
+        k=k,
+        crop_fraction=crop_fraction,
+        num_workers=num_workers,
+        kept=Kept(cache_dir),
+        what=source,
+    )
+    sheet.save(out)
+    print(out)
+
+
+@show.command(epilog="Example: scaler show embedding runs/first photos/val --num 400 --out map.png")
+def embedding(
+    source: Source,
+    images: Images,
+    num: Annotated[int, typer.Option(min=1, help="Images, evenly spread.")] = 400,
+    crop_fraction: CropFraction = 0.875,
+    image_size: ImageSize = None,
+    backbone: Backbone = None,
+    random_init: RandomInit = False,
+    device: Device = None,
+    out: Out = Path("embedding.png"),
+) -> None:
+    """A map of images by their features (t-SNE): what is near is alike to the model."""
+    _check_png(out)
+    from scaler.evals.images import open_images
+    from scaler.show.embedding import embedding_map
+
+    model = _model(source, image_size=image_size, backbone=backbone, random_init=random_init, device=device)
+    embedding_map(model, open_images(images), num=num, crop_fraction=crop_fraction, what=source).save(out)
     print(out)
 
 

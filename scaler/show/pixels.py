@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scaler.evals.checkpoints import EvaluationModel
+from scaler.evals.features import normalized
 from shards.decode import View
 from shards.index import ShardIndex
 from shards.loader import evaluation_batches
@@ -61,3 +63,18 @@ def load_images(index: ShardIndex, ids: NDArray[np.int64], *, image_size: int, c
     good = batch["weights"] > 0
     kept = batch["ids"][good]
     return Images(batch["images"][good], kept, batch["labels"][good], index.keys(kept.numpy()))
+
+
+@torch.no_grad()
+def pooled_features(model: EvaluationModel, pixels: Tensor, *, batch_size: int = 64) -> Tensor:
+    """The feature that evaluations use, float32 [n, d] on the CPU, of images uint8 [n, 3, s, s]."""
+    parts = pixels.split(batch_size)
+    normalization = model.method.normalization
+    return torch.cat(
+        [model.method.features(normalized(p.to(model.device), normalization)).float().cpu() for p in parts]
+    )
+
+
+def class_name(index: ShardIndex, label: int) -> str | None:
+    """The class of a label; None where there is none."""
+    return index.class_names[label] if 0 <= label < len(index.class_names) else None
