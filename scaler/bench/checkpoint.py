@@ -23,21 +23,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scaler.bench.stepper import Stepper, noise
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import World
-from scaler.loop import reseed
 from scaler.methods.base import Batch, Method
-from scaler.optimizers import build_optimizer, set_hyper
+from scaler.optimizers import build_optimizer
 from scaler.recipe import Recipe, load_recipe
 from scaler.strategies import Strategy, strategy_class
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import join, meet
-from scaler.timetable import Timetable
 from scaler.train import build_method
 
 _WARM_UP = 3  # steps before anything is measured
 _TIMED = 3  # steps that say how many fit into a window
-_NUM_SAMPLES = 1_281_167  # images of an epoch, for schedules in epochs
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,8 @@ def _measure(
     strategy.prepare(method, lambda: build_optimizer(recipe.optim, method.parameter_groups(recipe.optim)))
     checkpointer = Checkpointer(Path(), world=world, keep_last=1, folder=place)
     batch_of_noise = noise(method, size, world=world, device=device)
-    stepper = Stepper(recipe, method, strategy, world=world, device=device, batch=batch_of_noise)
-    warm = [stepper.step() for _ in range(_WARM_UP + _TIMED)][_WARM_UP:]
+    stepper = Trainer(recipe, method, strategy, world=world, device=device, batch=batch_of_noise)
+    warm = [stepper.timed() for _ in range(_WARM_UP + _TIMED)][_WARM_UP:]
     count = world.broadcast_object(max(1, round(60 * minutes / statistics.median(warm))))
     stepper.window(1, checkpointer)  # the first save makes the buffers
     windows = []
@@ -183,33 +181,19 @@ def as_rows(result: dict[str, Any]) -> dict[str, str]:
     }
 
 
-class Stepper:
-    """Steps of the training loop on one batch, with its time taken."""
+class Trainer(Stepper):
+    """Steps on one micro-batch, with their times taken."""
 
     def __init__(
         self, recipe: Recipe, method: Method, strategy: Strategy, *, world: World, device: torch.device, batch: Batch
     ) -> None:
-        self.recipe, self.method, self.strategy = recipe, method, strategy
-        self.world, self.device, self.batch = world, device, batch
-        self.number = 0
-        self.timetable = Timetable(recipe, num_samples=_NUM_SAMPLES)
+        super().__init__(recipe, method, strategy, world=world, batches=[batch])
+        self.device = device
 
-    def step(self) -> float:
-        """One step as in `scaler.loop`, with one micro-batch; returns its seconds."""
+    def timed(self) -> float:
+        """The seconds of one step; it reads the norm of the gradient, so a GPU is done with most of it."""
         start = time.perf_counter()
-        hyper = self.timetable.hyper(self.method, self.number)
-        set_hyper(self.strategy.optimizer, hyper)
-        batch = self.method.augment(self.batch, seed=0, step=self.number)
-        target = None
-        if self.method.observes(1):
-            reseed(0, self.number, self.world.rank, 0)
-            target = self.strategy("combine", [self.strategy("observe", batch, hyper)], hyper)[0]
-        reseed(0, self.number, self.world.rank, 0)
-        with self.strategy.accumulate(last=True):
-            self.strategy.backward(self.strategy("learn", batch, target, hyper)["loss"])
-        if self.strategy.step().taken:  # reads the norm of the gradient, so a GPU is done with most of the step
-            self.method.after_step(hyper, self.strategy.lerp_)
-        self.number += 1
+        self.step()
         return time.perf_counter() - start
 
     def window(self, count: int, checkpointer: Checkpointer | None) -> Window:
@@ -222,7 +206,7 @@ class Stepper:
             checkpointer.save(step=self.number, pieces=self.strategy.pieces(), info={})
             stall = time.perf_counter() - start
         for _ in range(count):
-            steps.append(self.step())
+            steps.append(self.timed())
             if checkpointer is not None and not written and not checkpointer.saving:
                 written = time.perf_counter() - start
         self._synchronize()
@@ -237,25 +221,3 @@ class Stepper:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def noise(method: Method, size: int, *, world: World, device: torch.device) -> Batch:
-    """What the loader would give this rank, of random pixels that lie on the device."""
-    generator = torch.Generator().manual_seed(world.rank)
-    ids = torch.arange(world.rank * size, (world.rank + 1) * size)
-    views = {
-        view.name: torch.randint(
-            0, 256, (view.count, size, 3, view.size, view.size), dtype=torch.uint8, generator=generator
-        ).to(device)
-        for view in method.views
-    }
-    return {
-        "views": views,
-        "ids": ids,
-        "epochs": torch.zeros_like(ids),
-        "positions": ids,
-        "labels": torch.zeros_like(ids),
-        "rejected": [],
-        "global_batch_size": size * world.size,
-        "image_number": 0,
-    }
