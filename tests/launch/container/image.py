@@ -26,7 +26,7 @@ CONTAINER = ROOT / "launch/container"
 ARGUMENTS, (BUILD, FINAL) = parse((CONTAINER / "Dockerfile").read_text())
 
 _PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "tini": "tini"}
-_UID = "1000"
+_USER_ID = "1000"
 _SECONDS = 60
 
 
@@ -114,19 +114,19 @@ def container(built: list[Path] | None = None) -> Iterator[Container]:
     if built is None and (reason := install(_PROGRAMS)) is not None:
         pytest.skip(reason)
     with root_over(built or [Path("/")]) as root:
-        user = _UID if built else _dress(root)
+        user = _USER_ID if built else dress(root)
         root.freeze("/home/scaler", "/runs")
         yield Container(root, user)
 
 
-def _dress(root: Root) -> str:
+def dress(root: Root, *, user_id: str = _USER_ID) -> str:
     """Make an image of this machine's tree; the user that it runs as."""
     ours = [one for one in FINAL.instructions if "--from=build" not in one.value]
     user = carry_out(
         Stage(FINAL.name, FINAL.base, ours),
         root,
         context=ROOT,
-        arguments={"UID": _UID},
+        arguments={"USER_ID": user_id},
         stages={},
         environment={},
         wanted=lambda script: "apt-get" not in script,

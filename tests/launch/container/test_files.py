@@ -45,10 +45,10 @@ def test_the_lock_decides_what_is_in_the_image() -> None:
 
 def test_it_runs_as_a_user_and_holds_no_secret() -> None:
     words = [one.word for one in FINAL.instructions]
-    assert FINAL.the("USER").value == "${UID}" and words.index("USER") > max(
+    assert FINAL.the("USER").value == "${USER_ID}" and words.index("USER") > max(
         i for i, word in enumerate(words) if word == "RUN"
     )
-    assert Instruction("ARG", "UID=1000") in FINAL.instructions, "a number, and not 0"
+    assert Instruction("ARG", "USER_ID=1000") in FINAL.instructions, "a number, and not 0"
     assert FINAL.the("HEALTHCHECK").value.endswith('CMD ["scaler", "doctor", "--quick"]')
     assert FINAL.the("STOPSIGNAL").value == "SIGTERM" and FINAL.the("ENTRYPOINT").words[0] == "/usr/bin/tini"
     assert variables_of(FINAL)["PATH"].startswith("/opt/scaler/bin:/usr/local/sbin:")
