@@ -29,7 +29,7 @@ def neighbour_sheet(
     kept: Kept | None = None,
     what: str = "model",
 ) -> Image.Image:
-    """Images of `val`, evenly spread, each before its `k` nearest images of `train` by cosine similarity, nearest first.
+    """Images of `val`, evenly spread, each before its `k` nearest images of `train` by cosine similarity.
 
     Where both have labels, neighbours of the query's class (by its name) have a blue frame and ✓, others an orange one
     and ✗. An image is no neighbour of itself where both are the same images.
@@ -47,17 +47,15 @@ def neighbour_sheet(
     if k + same > len(part.ids):
         raise ValueError(f"{k} neighbours are more than the {len(part.ids) - same} images of {train.path}; lower --k")
     similarity, found = nearest(pooled_features(model, images.pixels), part.features, k=k + same)
-    ids = part.ids[found]  # [n, k]
-    shown = load_images(
-        train, ids.unique().numpy(), image_size=model.image_size, crop_fraction=crop_fraction
-    )  # each once, whoever is near to it
+    ids = part.ids[found]  # [n, k], nearest first
+    shown = load_images(train, ids.unique().numpy(), image_size=model.image_size, crop_fraction=crop_fraction)
     at = {id_: row for row, id_ in enumerate(shown.ids.tolist())}
     queries, others = _pictures(model, images), _pictures(model, shown)
     rows: list[list[Cell | None]] = []
     right = labelled = 0
     for row, query in enumerate(images.ids.tolist()):
         name = class_name(val, int(images.labels[row]))
-        cells: list[Cell | None] = [Cell(queries[row], [images.keys[row], *_word(name)])]
+        cells: list[Cell | None] = [Cell(queries[row], [images.keys[row], name or ""])]
         pairs = zip(similarity[row].tolist(), ids[row].tolist(), strict=True)
         for value, id_ in [pair for pair in pairs if not (same and pair[1] == query)][:k]:
             other = class_name(train, int(shown.labels[at[id_]]))
@@ -77,7 +75,3 @@ def neighbour_sheet(
 def _pictures(model: EvaluationModel, images: Images) -> list[Image.Image]:
     pixels = to_pixels(images.pixels, normalization=model.method.normalization)
     return [zoomed(to_image(one), size=model.image_size, side=_SIDE) for one in pixels]
-
-
-def _word(name: str | None) -> list[str]:
-    return [] if name is None else [name]

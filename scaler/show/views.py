@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from scaler.batches import RunBatch, Viewed
 from scaler.methods.base import Shown
 from scaler.nn.color import BRIGHTNESS, CONTRAST, HUE, SATURATION, sample_color
-from scaler.show.pixels import to_pixels
+from scaler.show.pixels import class_name, to_pixels
 from scaler.show.sheet import PALETTE, Cell, draw_sheet, to_image, zoomed
 from shards.decode import View, boxes, decode_picture, inspect
 from shards.reader import SampleReader
@@ -65,7 +65,7 @@ def _rows(batch: RunBatch, viewed: Viewed, chosen: list[int]) -> Iterator[list[C
     """The cells of some samples of a micro-batch."""
     cuts = viewed.method.views_at(batch.stage.image_size)
     colors = dict(zip((view.name for view in cuts), PALETTE * len(cuts), strict=False))
-    reader, ids, names = SampleReader(batch.index), viewed.shown_ids(), batch.index.class_names
+    reader, ids = SampleReader(batch.index), viewed.shown_ids()
     pictures = _pictures(viewed, chosen, side=_SIDE)
     for number, row in enumerate(chosen):
         entry = batch.index.entry(ids[row])
@@ -75,7 +75,8 @@ def _rows(batch: RunBatch, viewed: Viewed, chosen: list[int]) -> Iterator[list[C
         places = {view.name: boxes(view, info, seed=batch.recipe.run.seed, **drawn_for) for view in cuts}
         picture = to_image(decode_picture(data, info, 1)[0])
         words = [entry.key, f"{picture.width} × {picture.height} pixels"]
-        words += [f"class {names[entry.label]}"] if 0 <= entry.label < len(names) else []
+        name = class_name(batch.index, entry.label)
+        words += [] if name is None else [f"class {name}"]
         cells: list[Cell | None] = [Cell(_with_boxes(picture, places, cuts, colors), words)]
         for shown, views in zip(viewed.views, pictures, strict=True):
             words = [*_box_words(places[shown.view][shown.copy], picture), *_drawn(batch, viewed, shown, row)]
