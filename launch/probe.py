@@ -155,7 +155,7 @@ def _occupy(port: int, stack: contextlib.ExitStack) -> str | None:
     try:
         stack.enter_context(socket.create_server(("", port)))
     except OSError as error:
-        return os.strerror(error.errno)  # its own words add the address
+        return str(error.strerror).partition(" (")[0]  # without the address
     return None
 
 

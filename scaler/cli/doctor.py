@@ -48,8 +48,8 @@ def doctor(
     from scaler.doctor.finding import worst
 
     started = time.monotonic()
-    if recipe is None and overrides:
-        raise WrongUse(f"{overrides[0]!r} without a recipe; name the recipe first, as dinov2/vits16_in1k")
+    if recipe is not None and "=" in recipe:
+        raise WrongUse(f"{recipe!r} is no recipe; name one first, as dinov2/vits16_in1k")
     try:
         findings = examine(
             recipe,
