@@ -5,7 +5,10 @@ neighbour_sheet(model, open_images("shards/train"), open_images("shards/val"), n
 
 from __future__ import annotations
 
+from typing import Any
+
 from PIL import Image
+from torch import Tensor
 
 from scaler.evals.checkpoints import EvaluationModel
 from scaler.evals.knn import nearest
@@ -42,22 +45,19 @@ def neighbour_sheet(
         ValueError: no image that can be decoded, or fewer training images than neighbours.
     """
     images = load_images(val, spread(val, num), image_size=model.image_size, crop_fraction=crop_fraction)
-    same = train.fingerprint == val.fingerprint
-    part = model.extract(train, kept=kept, crop_fraction=crop_fraction, num_workers=num_workers).part
-    if k + same > len(part.ids):
-        raise ValueError(f"{k} neighbours are more than the {len(part.ids) - same} images of {train.path}; lower --k")
-    similarity, found = nearest(pooled_features(model, images.pixels), part.features, k=k + same)
-    ids = part.ids[found]  # [n, k], nearest first
+    options = {"crop_fraction": crop_fraction, "num_workers": num_workers, "kept": kept}
+    similarity, ids = nearest_images(
+        model, train, images, k=k, leave_out=train.fingerprint == val.fingerprint, **options
+    )
     shown = load_images(train, ids.unique().numpy(), image_size=model.image_size, crop_fraction=crop_fraction)
     at = {id_: row for row, id_ in enumerate(shown.ids.tolist())}
     queries, others = _pictures(model, images), _pictures(model, shown)
     rows: list[list[Cell | None]] = []
     right = labelled = 0
-    for row, query in enumerate(images.ids.tolist()):
+    for row, picture in enumerate(queries):
         name = class_name(val, int(images.labels[row]))
-        cells: list[Cell | None] = [Cell(queries[row], [images.keys[row], name or ""])]
-        pairs = zip(similarity[row].tolist(), ids[row].tolist(), strict=True)
-        for value, id_ in [pair for pair in pairs if not (same and pair[1] == query)][:k]:
+        cells: list[Cell | None] = [Cell(picture, [images.keys[row], "" if name is None else f"class {name}"])]
+        for value, id_ in zip(similarity[row].tolist(), ids[row].tolist(), strict=True):
             other = class_name(train, int(shown.labels[at[id_]]))
             known = name is not None and other is not None
             labelled, right = labelled + known, right + (known and name == other)
@@ -70,6 +70,32 @@ def neighbour_sheet(
         notes.append(f"blue and ✓: the query's class, {right} of {labelled}; orange and ✗: another class")
     columns = ["query", *(f"nearest {rank + 1}" for rank in range(k))]
     return draw_sheet(rows, title=f"Nearest images by {what}", notes=notes, columns=columns)
+
+
+def nearest_images(
+    model: EvaluationModel, train: ShardIndex, queries: Images, *, k: int, leave_out: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarity, float64 [n, k], and sample id, int64 [n, k], of the images of `train` that are nearest to each
+    of n queries, nearest first.
+
+    Args:
+        leave_out: queries are samples of `train` themselves, and none is a neighbour of itself.
+        options: of `EvaluationModel.extract`, for `train`.
+
+    Raises:
+        ValueError: fewer images than neighbours.
+    """
+    part = model.extract(train, **options).part
+    if k + leave_out > len(part.ids):
+        left = len(part.ids) - leave_out
+        raise ValueError(f"{k} neighbours are more than the {left} images of {train.path}; lower k")
+    similarity, found = nearest(pooled_features(model, queries.pixels), part.features, k=k + leave_out)
+    ids = part.ids[found]
+    if leave_out:
+        own = ids == queries.ids[:, None]
+        own[~own.any(dim=1), -1] = True  # as near as itself are so many that it is not among them
+        similarity, ids = (values[~own].view(len(ids), k) for values in (similarity, ids))
+    return similarity, ids
 
 
 def _pictures(model: EvaluationModel, images: Images) -> list[Image.Image]:
