@@ -15,6 +15,7 @@ Importing this imports nothing else: what is asked for comes when it is asked fo
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ __all__ = ["Run", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        return importlib.import_module("scaler.train")
-    if name in __all__:
+    if name not in __all__:
+        raise AttributeError(f"module 'scaler' has no attribute {name!r}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # which tqdm says wherever ipywidgets are not
+        if name == "train":
+            return importlib.import_module("scaler.train")
         return getattr(importlib.import_module("scaler.notebook"), name)
-    raise AttributeError(f"module 'scaler' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -182,6 +182,14 @@ class Run:
 
         return self.model().knn(open_images(train), open_images(val), **options)
 
+    def embedding(self, place: str | Path, **options: Any) -> Picture:
+        """Features of labelled images in the plane, by t-SNE, coloured by class; `options` go to `features`."""
+        from scaler.show.figures import embedding_picture
+
+        figure = Picture(figsize=(5, 4.4), layout="constrained")
+        embedding_picture(figure.subplots(), *self.features(place, **options))
+        return figure
+
     def export(self, out: str | Path, **options: Any) -> dict[str, Any]:
         """The model for other programs; see `scaler.export.export`."""
         from scaler.export import export
@@ -254,7 +262,7 @@ def _watch(command: list[str], *, processes: int, say: Callable[[str], None]) ->
     with signals_to(stop):
         child = subprocess.Popen(
             command,
-            env={**environment(processes), "PYTHONUNBUFFERED": "1"},
+            env=_plain(environment(processes)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -269,6 +277,12 @@ def _watch(command: list[str], *, processes: int, say: Callable[[str], None]) ->
                 if not asked:
                     say(line)
     return child.returncode, bool(asked)
+
+
+def _plain(environment: dict[str, str]) -> dict[str, str]:
+    """For output a line at a time: a kernel tells its children that they write to a terminal, in colours."""
+    asks = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
+    return {**{key: value for key, value in environment.items() if key not in asks}, "PYTHONUNBUFFERED": "1"}
 
 
 def _written(folder: Path) -> int | None:
