@@ -77,6 +77,7 @@ def describe(row: dict[str, Any]) -> str:
         ("lr", "lr {:.2e}"),
         ("images_per_second", "{:.0f} images/s"),
         ("data_wait", "data wait {:.0%}"),
+        ("gpu_utilization", "GPU {:.0%}"),
         ("memory_gib", "{:.1f} GiB"),
     )
     parts = [form.format(row[key]) for key, form in forms if isinstance(row.get(key), int | float)]
