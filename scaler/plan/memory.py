@@ -11,6 +11,7 @@ then copied out; the next one is prefetched; gradients are copied flat for their
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,11 @@ from scaler.plan.trace import Segment, Trace
 from scaler.strategies.base import DTYPES
 from scaler.strategies.deepspeed_config import merged_config
 
-_FP32 = 4
+_FP32 = 4  # bytes: weights, gradients and optimiser states are kept in fp32 under every strategy
 _LIVE = 1_000_000_000  # elements that ZeRO-3 leaves gathered (DeepSpeed's stage3_max_live_parameters)
 _AHEAD = 50_000_000  # elements that it gathers ahead of need (its stage3_prefetch_bucket_size)
+
+Sides = tuple[dict[str, int], Iterator["_Moment"]]  # what is always there, and the candidates for the fullest moment
 
 PARTS = ("parameters", "gradients", "optimizer", "teacher", "inputs", "activations", "gathered", "buffers")
 
@@ -80,9 +83,10 @@ def memory_of(name: str, model: Model, trace: Trace, setup: Setup) -> Memory:
     held, moments = _STRATEGIES[name](model, trace, setup)
     fullest = max(moments, key=lambda moment: moment.total)
     kept = 0 if fullest.name == "update" else trace.kept
+    waiting = setup.num_micro_batches + 2 * (setup.device == "cuda")  # the GPU gets batches ahead of need
     parts = {
         **held,
-        "inputs": trace.inputs + trace.views,
+        "inputs": trace.inputs + waiting * trace.views,
         "gradients": fullest.gradients,
         "activations": fullest.activations + kept,
         "gathered": fullest.gathered,
@@ -91,110 +95,119 @@ def memory_of(name: str, model: Model, trace: Trace, setup: Setup) -> Memory:
     return Memory(peak=sum(parts.values()), when=fullest.name, parts={part: parts[part] for part in PARTS})
 
 
-def _ddp(model: Model, trace: Trace, setup: Setup) -> tuple[dict[str, int], Iterator[_Moment]]:
-    """Everything whole; with peers the gradients are DDP's buckets and always there."""
-    trained = _FP32 * sum(w.numel for w in model.trained)
+def _ddp(model: Model, trace: Trace, setup: Setup) -> Sides:
+    """Everything whole. With peers the gradients are the reducer's buckets, which are always there, and those of the
+    micro-batches before the last lie beside them until theirs is filled."""
+    trained, early = _FP32 * model.count(model.trained), _FP32 * model.count_of(trace.early)
+    buckets = trained if setup.ranks > 1 else 0
     held = _held(model, lambda w: w.numel, lambda w: w.numel)
-    accumulated = trained if setup.ranks > 1 or setup.num_micro_batches > 1 else 0
 
     def moments() -> Iterator[_Moment]:
-        yield _Moment("observe", trained if setup.ranks > 1 else 0, trace.observe - trace.kept)
-        yield _Moment("forward", accumulated, trace.forward)
+        yield _Moment("observe", buckets, trace.observe - trace.kept)
+        yield _Moment("forward", buckets + early, trace.forward)
         for segment, done in _backward(model, trace):
-            yield _Moment("backward", accumulated or _FP32 * done, segment.peak)
+            beside = sum(w.numel for name, w in model.weights.items() if name in trace.early and name not in done)
+            made = 0 if buckets else sum(model.weights[name].numel for name in done)
+            yield _Moment("backward", buckets + _FP32 * (beside + made), segment.peak)
         yield _Moment("update", trained, buffers=_update(model, setup, lambda w: w.numel))
 
     return held, moments()
 
 
-def _fsdp2(model: Model, trace: Trace, setup: Setup) -> tuple[dict[str, int], Iterator[_Moment]]:
+def _fsdp2(model: Model, trace: Trace, setup: Setup) -> Sides:
     """Shards of everything; units gathered in the run's precision around their use."""
-    ranks, size = setup.shard_ranks, DTYPES[setup.settings.precision].itemsize
-    mixed = size < _FP32
-    reduced = DTYPES[setup.settings.reduce_precision].itemsize if mixed else _FP32
+    settings, ranks, size = setup.settings, setup.shard_ranks, DTYPES[setup.settings.precision].itemsize
+    reduced = DTYPES[settings.reduce_precision].itemsize if size < _FP32 else _FP32
     held = _held(model, lambda w: w.rows(ranks), lambda w: w.rows(ranks))
     trained = _FP32 * sum(w.rows(ranks) for w in model.trained)
-    if setup.settings.cpu_offload:
-        held, trained = dict.fromkeys(held, 0) | {"teacher": model.buffer_bytes}, 0
+    if settings.cpu_offload:
+        held, trained = {**dict.fromkeys(held, 0), "teacher": model.buffer_bytes}, 0
     root = size * model.units[ROOT]
-    block = size * max((n for unit, n in model.units.items() if unit != ROOT), default=0)
-    blocks = size * (sum(model.units.values()) - model.units[ROOT])
-    around = 3 * block if setup.settings.reshard_after_forward else blocks + 2 * block
-    # Without a reduction in between, whole gradients pile up, in the precision that they are reduced in.
-    whole = max(reduced, size) * sum(w.numel for w in model.trained) if setup.num_micro_batches > 1 else 0
-    unit_gradients = {
-        unit: sum(w.numel for w in model.trained if w.unit == unit) for unit in {w.unit for w in model.trained}
-    }
+    blocks = [size * count for unit, count in model.units.items() if unit != ROOT]
+    # One unit in use, one gathered ahead of use, and the flat buffer it comes in.
+    block = max(blocks, default=0)
+    around = 3 * block if settings.reshard_after_forward else sum(blocks) + 2 * block
+    sizes: Counter[int] = Counter()
+    for weight in model.trained:
+        sizes[weight.unit] += weight.numel
 
     def moments() -> Iterator[_Moment]:
         yield _Moment("observe", 0, 0, 2 * root)
         yield _Moment("observe", 0, trace.observe - trace.kept, root + around)
-        yield _Moment("forward", whole, trace.forward, root + around - block)
-        here: dict[int, int] = dict.fromkeys(unit_gradients, 0)
-        shards, last = 0, 0  # bytes of reduced gradients; elements of the reduction before
-        for segment in trace.backward:
+        # Between the micro-batches nothing is reduced: whole gradients wait, in the precision they are reduced in.
+        waiting = reduced * model.count_of(trace.early)
+        yield _Moment("forward", waiting, trace.forward, root + around - block)
+        here: Counter[int] = Counter()
+        shards = travelling = 0
+        for segment, done in _backward(model, trace):
+            yield _Moment("backward", waiting + shards, segment.peak, root + around, travelling)
             weight = model.weights[segment.parameter]
-            waiting = size * sum(here.values()) if not whole else whole
-            yield _Moment("backward", waiting + shards, segment.peak, root + around, reduced * last)
             here[weight.unit] += weight.numel
-            done = here[weight.unit]
-            if weight.unit != ROOT and done == unit_gradients[weight.unit]:
-                yield _Moment(
-                    "backward",
-                    (whole or size * sum(here.values())) + shards,
-                    segment.peak if False else 0,
-                    root + around,
-                    reduced * (done + last) + reduced * -(-done // ranks),
-                )
-                here[weight.unit] = 0
-                shards += _FP32 * -(-done // ranks)
-                last = done
-                whole_left = max(reduced, size) * done if whole else 0
-                del whole_left
-        rest = here.get(ROOT, 0)
-        yield _Moment("reduction", size * rest + shards, 0, 0, reduced * (rest + last) + reduced * -(-rest // ranks))
+            waiting += 0 if segment.parameter in trace.early else size * weight.numel
+            if here[weight.unit] < sizes[weight.unit]:
+                continue
+            travelling, own = reduced * sizes[weight.unit], -(-sizes[weight.unit] // ranks)
+            gathered = 0 if weight.unit == ROOT else root + around
+            yield _Moment("backward", waiting + shards, 0, gathered, travelling + reduced * own)
+            shards += 0 if settings.cpu_offload else _FP32 * own
+            waiting -= sum(
+                (reduced if name in trace.early else size) * w.numel
+                for name, w in model.weights.items()
+                if w.group is not None and w.unit == weight.unit
+            )
         yield _Moment("update", trained, buffers=_update(model, setup, lambda w: w.rows(ranks)))
 
     return held, moments()
 
 
-def _zero12(model: Model, trace: Trace, setup: Setup) -> tuple[dict[str, int], Iterator[_Moment]]:
-    """Whole parameters in flat groups, fp32 masters and optimiser state of a part; gradients travel in buckets."""
-    stage, ranks = int(setup.settings.name[-1]), setup.ranks
-    part = _FP32 * sum(-(-sum(w.numel for w in group) // ranks) for group in model.groups)
-    trained = _FP32 * sum(w.numel for w in model.trained)
+def _zero12(model: Model, trace: Trace, setup: Setup) -> Sides:
+    """Whole parameters in flat groups, fp32 masters and optimiser state of a part; gradients travel in buckets.
+
+    Stage 1 keeps whole gradients until the backward is over; stage 2 reduces every micro-batch's, and keeps the sum of
+    its part beside the newest.
+    """
+    stage, ranks, accumulates = int(setup.settings.name[-1]), setup.ranks, setup.num_micro_batches > 1
+    part = _FP32 * sum(-(-model.count(group) // ranks) for group in model.groups)
     held = _held(model, lambda w: w.numel, lambda w: w.part(ranks))
     held["parameters"] += part
     bucket = _bucket(model, setup)
-    whole = trained if stage == 1 and setup.num_micro_batches > 1 else 0
-    parts = part if stage == 2 and setup.num_micro_batches > 1 else 0
-    flat = _FP32 * max(-(-sum(w.numel for w in group) // ranks) for group in model.groups)
+    early = _FP32 * model.count_of(trace.early) if stage == 1 else 2 * part * accumulates
+    flat = _FP32 * max(-(-model.count(group) // ranks) for group in model.groups)
 
     def moments() -> Iterator[_Moment]:
         yield _Moment("observe", 0, trace.observe - trace.kept)
-        yield _Moment("forward", whole + parts, trace.forward)
-        for segment, done in _backward(model, trace):
-            kept = (whole or _FP32 * done) if stage == 1 else parts + part * min(1.0, done * _FP32 // bucket)
-            yield _Moment("backward", int(kept), segment.peak, 0, bucket)
-        yield _Moment("reduction", part, 0, 0, bucket + (part if stage == 2 else 0))
+        yield _Moment("forward", early, trace.forward)
+        made, filled = 0, 0
+        for segment, _ in _backward(model, trace):
+            kept = made if stage == 1 else part if filled > bucket else 0
+            yield _Moment("backward", early + kept, segment.peak, 0, bucket)
+            size = _FP32 * model.weights[segment.parameter].numel
+            filled += size
+            made += 0 if segment.parameter in trace.early else size
+        yield _Moment("reduction", part + early * (stage == 2), 0, 0, bucket + part * (stage == 2))
         yield _Moment("update", part, buffers=flat + _update(model, setup, lambda w: w.part(ranks)))
 
     return held, moments()
 
 
-def _zero3(model: Model, trace: Trace, setup: Setup) -> tuple[dict[str, int], Iterator[_Moment]]:
-    """Shards of everything; DeepSpeed gathers ahead of use and keeps what it will need again soon."""
+def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
+    """Shards of everything. Where a step is one forward and backward, DeepSpeed learns its order, gathers ahead of use
+    and keeps what it will need again; where it has several passes, a module is gathered when its turn has come."""
     ranks = setup.ranks
     part = _FP32 * sum(w.part(ranks) for w in model.trained)
     held = _held(model, lambda w: w.part(ranks), lambda w: w.part(ranks))
-    bucket = _bucket(model, setup)
-    total = sum(w.numel for w in model.weights.values())
+    bucket, total = _bucket(model, setup), model.count(model.weights.values())
     live, ahead = _FP32 * min(total, _LIVE), _FP32 * min(total, _AHEAD)
+    if trace.observe:
+        live, before_forward = _FP32 * max(w.numel for w in model.weights.values()), 0
+    else:
+        before_forward = ahead
     flat = _FP32 * max(sum(w.part(ranks) for w in group) for group in model.groups)
 
     def moments() -> Iterator[_Moment]:
-        yield _Moment("observe", part, trace.observe - trace.kept, live, bucket + ahead)
-        yield _Moment("forward", part, trace.forward, live, bucket + ahead)
+        if trace.observe:
+            yield _Moment("observe", part, trace.observe - trace.kept, ahead, bucket + ahead)
+        yield _Moment("forward", part, trace.forward, live + before_forward, bucket)
         for segment, _ in _backward(model, trace):
             yield _Moment("backward", part, segment.peak, live, bucket)
         yield _Moment("update", part, buffers=bucket + flat + _update(model, setup, lambda w: w.part(ranks)))
@@ -214,12 +227,12 @@ def _held(model: Model, weights: Callable[[Weight], int], states: Callable[[Weig
     }
 
 
-def _backward(model: Model, trace: Trace) -> Iterator[tuple[Segment, int]]:
-    """Each stretch of the backward, and the elements of gradients that were done before it."""
-    done = 0
+def _backward(model: Model, trace: Trace) -> Iterator[tuple[Segment, set[str]]]:
+    """Each stretch of the backward, and the parameters whose gradients were done before it (the set grows)."""
+    done: set[str] = set()
     for segment in trace.backward:
         yield segment, done
-        done += model.weights[segment.parameter].numel
+        done.add(segment.parameter)
 
 
 def _update(model: Model, setup: Setup, local: Callable[[Weight], int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,6 +89,15 @@ class Model:
         for weight in self.weights.values():
             found[weight.unit] += weight.numel
         return found
+
+    @staticmethod
+    def count(weights: Iterable[Weight]) -> int:
+        """Elements of weights."""
+        return sum(w.numel for w in weights)
+
+    def count_of(self, names: Iterable[str]) -> int:
+        """Elements of the parameters of these names."""
+        return self.count(self.weights[name] for name in names)
 
     @property
     def states(self) -> int:

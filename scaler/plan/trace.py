@@ -1,20 +1,20 @@
 """What one rank's step of a recipe holds and computes, found by running it on tensors without memory.
 
-    shapes = Shapes.of(recipe)
-    trace = shapes.trace(settings, micro_batch_size=64, num_micro_batches=4, ranks=32)
-    trace.peak, trace.flops
+    trace = trace_step(recipe, settings, micro_batch_size=64, num_micro_batches=4, ranks=32, gathered=False)
+    trace.forward, trace.backward, trace.flops
 
 The method's own code runs, forward and backward, on fake tensors (torch's FakeTensorMode), which have every shape,
 dtype and lifetime of real ones: neither a GPU nor the model's memory is needed, and nothing is estimated that the code
-itself can say. The kernels are a CPU's (the same fused attention, which keeps its inputs, output and one number a row).
-What the loader and the augmentation hand over is measured on a few real images and extended linearly.
+itself can say. The kernels are a CPU's (with the same fused attention, which keeps its inputs, its output and one
+number a row).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from scaler.bench.stepper import noise
 from scaler.collectives import World
-from scaler.methods.base import Batch, Method
+from scaler.methods.base import Method
 from scaler.plan.live import LiveBytes
 from scaler.recipe import Recipe
 from scaler.strategies.base import DTYPES
@@ -35,12 +35,13 @@ from scaler.timetable import Timetable
 from scaler.train import build_method
 
 _CPU = torch.device("cpu")
+NUM_SAMPLES = 1_281_167  # images of an epoch where nobody says how many there are: ImageNet-1k's
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the backward pass, until the gradient of `parameter` is there: the most bytes held in it, without
-    parameters and gradients that are done with."""
+    """A stretch of the backward pass until the gradient of `parameter` is there, and the most bytes held in it, without
+    parameters and gradients that were there before."""
 
     peak: int
     parameter: str
@@ -48,33 +49,56 @@ class Segment:
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes and operations of one rank's step, but for what the strategy adds.
+    """Bytes and operations of one rank's step, without what a strategy adds.
 
     Attributes:
-        inputs: an augmented micro-batch.
-        views: a micro-batch as the loader hands it over.
-        observe: most bytes beside `inputs` while a micro-batch is observed, and while all are combined.
-        kept: what all micro-batches' observations and targets take while the step goes on.
-        activations: what the forward of the last micro-batch leaves for its backward.
-        forward: most bytes beside `inputs` and `kept` in that forward.
-        backward: its stretches, in order of time.
-        flops: of the whole step, each recomputation of activation checkpointing included.
-        model_flops: without them.
+        micro_batch_size: images of a micro-batch.
+        views: bytes of a micro-batch as the loader hands it over.
+        inputs: bytes of an augmented one.
+        observe: most bytes beside these while all micro-batches are observed and combined; 0: nothing is observed.
+        kept: what observations and targets of all micro-batches take while they are learned from.
+        forward: most bytes beside `inputs` and `kept` in a forward with gradient.
+        activations: of these what it leaves for its backward.
+        backward: the stretches of that, in order of time.
+        early: parameters that have a gradient already, from the micro-batches before the last.
+        observed: times that each of `Method.blocks` runs while a micro-batch is observed.
+        learned: times that it does while one is learned from.
+        flops: floating-point operations of the whole step, those of activation checkpointing included.
     """
 
-    inputs: int
+    micro_batch_size: int
     views: int
+    inputs: int
     observe: int
     kept: int
-    activations: int
     forward: int
+    activations: int
     backward: tuple[Segment, ...]
+    early: frozenset[str]
+    observed: Counter[int]
+    learned: Counter[int]
     flops: int
 
-    @property
-    def peak(self) -> int:
-        """Most bytes beside `inputs` and `kept` in forward and backward."""
-        return max(self.forward, *(segment.peak for segment in self.backward))
+    def towards(self, other: Trace, micro_batch_size: int) -> Trace:
+        """The trace of another micro-batch size, on the line through this one and `other`: the same images on a rank,
+        in micro-batches of two sizes."""
+        if self.micro_batch_size == other.micro_batch_size:
+            return self
+        share = (micro_batch_size - self.micro_batch_size) / (other.micro_batch_size - self.micro_batch_size)
+
+        def between(a: int, b: int) -> int:
+            return round(a + (b - a) * share)
+
+        numbers = {
+            f.name: between(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name in _LINEAR
+        }
+        segments = tuple(
+            Segment(between(a.peak, b.peak), a.parameter) for a, b in zip(self.backward, other.backward, strict=True)
+        )
+        return replace(self, micro_batch_size=micro_batch_size, backward=segments, **numbers)
+
+
+_LINEAR = ("views", "inputs", "observe", "kept", "forward", "activations", "flops")
 
 
 class Imagined(World):
@@ -101,9 +125,9 @@ class Imagined(World):
 
 
 class Flops(TorchDispatchMode):
-    """Counts floating-point operations of products, convolutions and attention by torch's own formulas.
+    """Counts the operations of products, convolutions and attention by torch's own formulas.
 
-    (Its FlopCounterMode also follows modules, by hooks that keep what activation checkpointing recomputes alive.)
+    (Its FlopCounterMode also follows modules, by hooks that keep alive what activation checkpointing recomputes.)
     """
 
     def __init__(self) -> None:
@@ -118,7 +142,7 @@ class Flops(TorchDispatchMode):
 
 
 class _Bare(DDP):
-    """One process, without optimiser."""
+    """One process without optimiser."""
 
     def prepare(self, method: Method, make_optimizer: Any = None) -> None:
         """See `Strategy.prepare`."""
@@ -136,90 +160,91 @@ def meta_method(recipe: Recipe, *, world: World) -> Method:
 
 
 def trace_step(
-    recipe: Recipe,
-    settings: Any,
-    *,
-    micro_batch_size: int,
-    num_micro_batches: int,
-    ranks: int,
-    gathered: bool,
+    recipe: Recipe, settings: Any, *, micro_batch_size: int, num_micro_batches: int, ranks: int, gathered: bool
 ) -> Trace:
-    """Run one step of the recipe's method on fake tensors.
+    """Run one step of the recipe's method, at its last image size, on fake tensors.
 
     Args:
         recipe: what is trained.
-        settings: its strategy section, without "auto".
+        settings: its strategy section without "auto", of which precision and activation checkpointing count.
         micro_batch_size: images.
         num_micro_batches: of the rank.
         ranks: that share the global batch.
         gathered: whether weights come in the run's precision (FSDP2), instead of being cast where they are used.
     """
     method = meta_method(recipe, world=Imagined(ranks))
-    hyper = Timetable(recipe, num_samples=1_000_000)
-    hyper = hyper.hyper(method, hyper.total - 1)
-    raw = augmented(recipe, method, size=micro_batch_size, world=World())
-    names = {}
+    timetable = Timetable(recipe, num_samples=NUM_SAMPLES)
+    hyper = timetable.hyper(method, timetable.total - 1)
+    raw = noise(method, micro_batch_size, world=World(), device=torch.device("meta"))
+    augmented = method.augment(raw, seed=recipe.run.seed, step=0)
     segments: list[Segment] = []
-    # Numbers are made on the fake tensors' way, so that nothing real is in their place.
     with FakeTensorMode():
         _make_fake_(method, dtype=DTYPES[settings.precision] if gathered else None)
         strategy = _Bare(settings, world=World(), device=_CPU, clip_norm=None, deterministic=False)
+        calls: Counter[int] = Counter()
+        for number, block in enumerate(method.blocks()):
+            block.register_forward_pre_hook(_counting(calls, number))
         strategy.prepare(method)
-        batch = tree_map(_fake, raw)
+        batch = tree_map(_fake, augmented)
         memory, flops = LiveBytes(), Flops()
 
-        def note(parameter: Tensor) -> None:
-            segments.append(Segment(memory.peak, names[parameter]))
-            parameter.grad = None
-            memory.peak = memory.live
+        def note(name: str) -> Callable[[Tensor], None]:
+            def ready(parameter: Tensor) -> None:
+                segments.append(Segment(memory.peak, name))
+                parameter.grad = None
+                memory.peak = memory.live
+
+            return ready
 
         for name, parameter in method.named_parameters():
             if parameter.requires_grad:
-                names[parameter] = name
-                parameter.register_post_accumulate_grad_hook(note)
+                parameter.register_post_accumulate_grad_hook(note(name))
         with memory, flops:
             targets: list[Any] = [None] * num_micro_batches
+            observed, one, observing, combining, peak = Counter[int](), 0, 0, 0, 0
             if method.observes(num_micro_batches):
-                observations = [strategy("observe", batch, hyper)]
-                one = memory.live
-                # The others' would look the same and are one tensor here: their bytes are counted by hand.
-                targets = strategy("combine", observations * num_micro_batches, hyper)
-                observe = memory.peak + (num_micro_batches - 1) * one
-                del observations
-            else:
-                one = observe = 0
-            kept = memory.live + (num_micro_batches - 1) * one
-            start = memory.peak = memory.live
+                observation = strategy("observe", batch, hyper)
+                observed, observing, one = calls.copy(), flops.count, memory.live
+                # All observations look the same, and are one tensor here: the others' bytes are added below.
+                targets = strategy("combine", [observation] * num_micro_batches, hyper)
+                combining, peak = flops.count - observing, memory.peak
+                del observation
+            others = (num_micro_batches - 1) * one
+            kept, earlier = memory.live + others, 0
+            if num_micro_batches > 1:
+                strategy.backward(strategy("learn", batch, targets[0], hyper)["loss"])
+                earlier = flops.count - observing - combining
+            early = frozenset(segment.parameter for segment in segments)
+            segments.clear()
+            calls.clear()
+            memory.peak, base, before = memory.live, memory.live, flops.count
             out = strategy("learn", batch, targets[-1], hyper)
-            activations, forward = memory.live - start, memory.peak - start
-            memory.peak = memory.live
-            strategy.backward(out["loss"])
-    first = flops.count
+            activations, forward, learned = memory.live - base, memory.peak - base, calls.copy()
+            memory.peak, loss = memory.live, out["loss"]
+            del out
+            strategy.backward(loss)
+        learning = flops.count - before + (num_micro_batches - 1) * earlier
     return Trace(
-        inputs=_nbytes(batch),
-        views=0,
-        observe=observe,
+        micro_batch_size=micro_batch_size,
+        views=_nbytes(raw["views"]),
+        inputs=_nbytes(augmented),
+        observe=peak + others,
         kept=kept,
-        activations=activations,
         forward=forward,
-        backward=tuple(Segment(s.peak - start, s.parameter) for s in segments),
-        flops=first,
+        activations=activations,
+        backward=tuple(Segment(s.peak - base, s.parameter) for s in segments),
+        early=early,
+        observed=observed,
+        learned=learned,
+        flops=num_micro_batches * observing + combining + learning,
     )
 
 
-def augmented(recipe: Recipe, method: Method, *, size: int, world: World) -> Batch:
-    """What `method`, on the meta device, makes of so many images: masks and rows as in a run, pixels without values."""
-    batch = noise(method, size, world=world, device=torch.device("meta"))
-    return method.augment(batch, seed=recipe.run.seed, step=0)
+def _counting(calls: Counter[int], number: int) -> Callable[..., None]:
+    def count(module: nn.Module, arguments: Any) -> None:
+        calls[number] += 1
 
-
-def smallest_micro_batch(method: Method) -> int:
-    """The smallest micro-batch that the method takes."""
-    for size in range(1, 4097):
-        with contextlib.suppress(ValueError):
-            method.check_layout(num_micro_batches=1, micro_batch_size=size)
-            return size
-    raise ValueError("no micro-batch of up to 4096 images is one that the method takes")
+    return count
 
 
 def _make_fake_(module: nn.Module, *, dtype: torch.dtype | None) -> None:

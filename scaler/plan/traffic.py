@@ -1,0 +1,91 @@
+"""What a rank sends in a step, and the seconds that it takes at given bandwidths.
+
+All collectives are counted as rings, which are optimal in bandwidth (Patarasuk & Yuan, "Bandwidth optimal all-reduce
+algorithms for clusters of workstations", 2009): an all-gather or reduce-scatter of S bytes over n ranks makes each send
+S (n - 1)/n, an all-reduce twice that. Over several machines with g GPUs and a network link for each, NCCL lays g rings,
+so that of V bytes that a rank sends, V/g leave a machine through each link. What the losses themselves exchange
+(embeddings, sums over prototypes) is some MB and left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from scaler.plan.memory import Setup
+from scaler.plan.model import ROOT, Model
+from scaler.plan.trace import Trace
+from scaler.strategies.base import DTYPES
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in a step: in rings over all ranks, in rings inside a group of `shard_ranks`, and in rings
+    over the groups."""
+
+    everywhere: int = 0
+    inside: int = 0
+    across: int = 0
+
+    @property
+    def sent(self) -> int:
+        """All of it."""
+        return self.everywhere + self.inside + self.across
+
+    def seconds(self, *, nodes: int, gpus: int, intra: float, inter: float) -> float:
+        """How long it takes at these bandwidths, bytes a second of one GPU in one direction: inside a machine, and
+        between machines. Groups smaller than all ranks are taken to be machines."""
+        if nodes == 1:
+            return self.sent / intra
+        everywhere = max(self.everywhere / intra, self.everywhere / (gpus * inter))
+        return everywhere + self.inside / intra + self.across / inter
+
+
+def traffic_of(name: str, model: Model, trace: Trace, setup: Setup) -> Traffic:
+    """What the strategy `name` makes a rank send."""
+    n, count = setup.ranks, setup.num_micro_batches
+    trained = model.count(model.trained)
+    # Gradients of the micro-batches before the last, where these are exchanged too.
+    all_gradients = trained + (count - 1) * model.count_of(trace.early)
+    if name == "ddp":
+        return Traffic(everywhere=_ring(2 * _FP32 * trained, n))
+    if name in ("zero1", "zero2"):
+        reduced = trained if name == "zero1" else all_gradients
+        return Traffic(everywhere=_ring(2 * _gradient_size(setup) * reduced + _FP32 * trained, n))
+    passes = _passes(trace, model, count, again=setup.settings.reshard_after_forward or name == "zero3")
+    if name == "zero3":
+        passes[ROOT] = count * (2 + bool(trace.observe))
+        gathered = sum(passes[unit] * size for unit, size in model.units.items())
+        return Traffic(everywhere=_ring(_FP32 * gathered + _gradient_size(setup) * all_gradients, n))
+    passes[ROOT] = count
+    gathered = sum(passes[unit] * size for unit, size in model.units.items())
+    size = DTYPES[setup.settings.precision].itemsize
+    reduced = _FP32 if size == _FP32 else DTYPES[setup.settings.reduce_precision].itemsize
+    width = setup.shard_ranks
+    inside = _ring(size * gathered + reduced * trained, width)
+    if width == n:
+        return Traffic(everywhere=inside)
+    return Traffic(inside=inside, across=_ring(2 * reduced * -(-trained // width), n // width))
+
+
+def _passes(trace: Trace, model: Model, count: int, *, again: bool) -> Counter[int]:
+    """How often each block's weights are gathered in a step: for every forward, and again for its backward."""
+    learns = {w.unit for w in model.trained}
+    return Counter(
+        {
+            unit: count * (trace.observed[unit] + trace.learned[unit] * (1 + (again and unit in learns)))
+            for unit in model.units
+        }
+    )
+
+
+def _gradient_size(setup: Setup) -> int:
+    """Bytes of a gradient on its way under DeepSpeed: under autocast in the precision of the product."""
+    return DTYPES[setup.settings.precision].itemsize if setup.settings.precision == "bf16" else _FP32
+
+
+def _ring(size: int, ranks: int) -> int:
+    """Bytes that a rank sends of `size` in a ring, once round."""
+    return size * (ranks - 1) // ranks
