@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import yaml
 
 from scaler.checkpoint import read_manifest, resolve_checkpoint
 from scaler.export.encoder import Encoder
+from scaler.show.runs import RunRecord, read_run
 from scaler.weights import FILES, is_timm, timm_config
 from shards.places import locate
 
-_SCORES = ("loss", "val/", "accuracy")  # columns of the metrics that tell of the model; others tell of the machine
+# Columns of the metrics that tell of the model (others tell of the machine), and entries of an evaluation.
+_LOGGED = ("loss", "val/", "accuracy")
+_EVALUATED = ("top1", "top5", "loss")
+_PACKAGES = ("scaler", "timm", "torch")
+_SAMPLES = ("train_samples", "val_samples")
 
 _USE = """\
 ```python
@@ -48,7 +53,10 @@ def card(encoder: Encoder, *, source: str, place: str, report: Mapping[str, Any]
         "tags": ["timm", "scaler", *([manifest["recipe"]["method"]["name"]] if manifest else [])],
         **({"license": license} if license else {}),
     }
-    scores = dict(_scores(run_dir, step=manifest["step"])) if manifest and run_dir else {}
+    record = read_run(run_dir) if run_dir else None
+    scores: dict[str, Any] = {}
+    if manifest and record:
+        scores = dict(_scores(record, step=manifest["step"], evaluated=report["part"] == "evaluated"))
     checked = ", ".join(f"{key} {value:.1e}" for key, value in report["difference"].items())
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n",
@@ -56,10 +64,10 @@ def card(encoder: Encoder, *, source: str, place: str, report: Mapping[str, Any]
         _what(encoder, manifest, part=report["part"]),
         f"## Use\n\n{_USE.format(place=place, width=encoder.model.head_hidden_size)}",
         _table("Model", _model_facts(encoder, report)),
-        _table("Training", _training_facts(manifest, run_dir)) if manifest else "",
+        _table("Training", _training_facts(manifest, record)) if manifest else "",
         _table("Scores", scores) if scores else "",
         f"The files were loaded by timm and compared with their source: largest differences {checked}.\n",
-        _table("Software", {package: metadata.version(package) for package in ("scaler", "timm", "torch")}),
+        _table("Exported with", {package: metadata.version(package) for package in _PACKAGES}),
         "## Licence\n\n" + (f"{license}\n" if license else "Not stated by who exported this; ask before you use it.\n"),
         _recipe(manifest["recipe"]) if manifest else "",
     ]
@@ -98,53 +106,50 @@ def _model_facts(encoder: Encoder, report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _training_facts(manifest: Mapping[str, Any], run_dir: Path | None) -> dict[str, Any]:
-    recipe, row = manifest["recipe"], _row(run_dir, step=manifest["step"])
+def _training_facts(manifest: Mapping[str, Any], record: RunRecord | None) -> dict[str, Any]:
+    recipe, images, step = manifest["recipe"], manifest["images"], manifest["step"]
     facts = {
         "method": recipe["method"]["name"],
-        "steps": f"{manifest['step']:,}",
-        "images seen": f"{manifest['images']:,}",
+        "steps": f"{step:,}",
+        "images seen": f"{images:,}",
         "global batch": recipe["data"]["global_batch_size"],
         "data": f"`{_name(recipe['data']['shards'])}`",
     }
-    if row.get("epoch"):
-        facts["images in the data"] = f"{round(manifest['images'] / row['epoch']):,}"
+    if epochs := _at(record, "epoch", step=step):
+        facts["images in the data"] = f"{round(_at(record, 'images', step=step) / epochs):,}"
     if manifest.get("fingerprint"):
         facts["fingerprint of the data"] = f"`{manifest['fingerprint']}`"
     facts["seed"] = recipe["run"]["seed"]
     saved_by = manifest.get("saved_by", {})
-    facts["strategy"] = ", ".join(
-        f"{saved_by[key]}{unit}"
-        for key, unit in (("strategy", ""), ("ranks", " ranks"), ("precision", ""))
-        if key in saved_by
-    )
+    units = {"strategy": "", "ranks": " ranks", "precision": ""}
+    facts["strategy"] = ", ".join(f"{saved_by[key]}{unit}" for key, unit in units.items() if key in saved_by)
+    machine = {} if record is None else record.report.get("environment", {})
+    if machine:
+        gpus = machine["gpus"]
+        facts["machine"] = f"{len(gpus)} × {gpus[0]}" if gpus else f"{machine['cpu']}, {machine['cores']} cores"
+        packages = machine["packages"]
+        facts["software"] = ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name))
     return facts
 
 
-def _row(run_dir: Path | None, *, step: int) -> dict[str, Any]:
-    """The last logged row of a run up to a step, or {}."""
-    path = None if run_dir is None else run_dir / "metrics.jsonl"
-    if path is None or not path.is_file():
-        return {}
-    rows = (json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-    return max((row for row in rows if row["step"] <= step), key=lambda row: row["step"], default={})
+def _scores(record: RunRecord, *, step: int, evaluated: bool) -> Iterator[tuple[str, str]]:
+    """What evaluations of this checkpoint found, and the last values in the metrics."""
+    for found in record.evaluations if evaluated else ():
+        if found.get("step") == step:
+            how = [f"{key} {found[key]}" for key in ("k",) if key in found]
+            how += [f"{found[part]:,} {part.replace('_', ' ')}" for part in _SAMPLES if part in found]
+            values = (f"{name} {found[name]:.4g}" for name in _EVALUATED if isinstance(found.get(name), float))
+            yield f"{found.get('evaluation')} ({', '.join(how)})", ", ".join(values)
+    for name in record.columns:
+        if name.startswith(_LOGGED) and (value := _at(record, name, step=step)) is not None:
+            yield f"{name} at step {step:,}", f"{value:.4g}"
 
 
-def _scores(run_dir: Path, *, step: int) -> Iterator[tuple[str, str]]:
-    """What evaluations of this checkpoint found, and the last row of the metrics."""
-    for path in sorted((run_dir / "evaluations").glob("*.json")):
-        result = json.loads(path.read_text())
-        if result.get("step") == step:
-            values = ", ".join(f"{name} {_number(value)}" for name, value in result["scores"].items())
-            yield path.stem, values
-    row = _row(run_dir, step=step)
-    for name, value in row.items():
-        if name.startswith(_SCORES) and value is not None:
-            yield f"{name} (step {row['step']:,})", _number(value)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _at(record: RunRecord | None, name: str, *, step: int) -> Any:
+    """The last finite value of a column up to a step; None: there is none."""
+    steps, values = (np.empty(0), np.empty(0)) if record is None else record.series(name)
+    there = values[(steps <= step) & np.isfinite(values)]
+    return float(there[-1]) if len(there) else None
 
 
 def _table(title: str, facts: Mapping[str, Any]) -> str:

@@ -173,6 +173,18 @@ def test_a_card_says_what_the_model_is_and_where_it_comes_from(sources: dict[str
     source, out = sources["dinov2"], tmp_path / "model"
     (out / "config.json").parent.mkdir()
     assert scaler("export", source, out, "--json").returncode == 0  # an empty folder is no export
+    (source / "evaluations").mkdir()
+    for step, top1 in ((1, 0.25), (2, 0.5)):
+        found = {
+            "evaluation": "knn",
+            "step": step,
+            "k": 5,
+            "train_samples": 20,
+            "val_samples": 10,
+            "top1": top1,
+            "top5": 1.0,
+        }
+        (source / "evaluations" / f"knn-{step}.json").write_text(json.dumps(found))
     result = scaler("export", source, out, "--license", "cc-by-4.0", "--overwrite", "--json")
     report = json.loads(result.stdout)
     assert report["step"] == 2 and report["bytes"] == sum(path.stat().st_size for path in out.iterdir())
@@ -184,7 +196,8 @@ def test_a_card_says_what_the_model_is_and_where_it_comes_from(sources: dict[str
         manifest["fingerprint"],
         "| images seen | 16 |",
         "| images in the data | 1,009 |",
-        f"| loss (step 2) | {rows[-1]['loss']:.4g} |",
+        f"| loss at step 2 | {rows[-1]['loss']:.4g} |",
+        "| knn (k 5, 20 train samples, 10 val samples) | top1 0.5, top5 1 |",
         "cc-by-4.0",
         f'timm.create_model("local-dir:{out}", pretrained=True)',
     ):
