@@ -26,7 +26,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     shards: Annotated[str | None, typer.Option(help="Shards to look at, instead of the recipe's.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where a run would write, instead of the recipe's.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Where a run would write, instead of the recipe's.")] = None,
     hosts: Annotated[Path | None, typer.Option(help="Hostfile: look at each of these machines over ssh.")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="On each machine, one per GPU.", show_default="slots or GPUs, else 1")

@@ -20,6 +20,8 @@ from typing import Any
 
 from scaler.doctor.finding import Finding
 
+_KEPT_LINES = 40  # of what a check that failed has said
+
 # Check → the module whose `check(asked)` makes the findings.
 CHECKS = {
     "versions": "scaler.doctor.versions",
@@ -39,38 +41,41 @@ def run_check(name: str, asked: Mapping[str, Any], *, seconds: float = 60) -> li
         asked: what it is to look at; JSON.
         seconds: after which it is ended.
     """
-    command = [sys.executable, "-m", "scaler.doctor.checks", CHECKS[name], json.dumps(asked)]
+    command = [sys.executable, "-m", "scaler.doctor.checks", CHECKS[name]]
+    pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, errors="replace"
     ) as process:
         try:
-            out, errors = process.communicate(timeout=seconds)
-            failure = None if process.returncode == 0 else _failure(process.returncode, errors.decode(errors="replace"))
+            out, errors = process.communicate(json.dumps(asked), timeout=seconds)
+            failure = _failure(process.returncode, errors) if process.returncode else ""
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, errors = process.communicate()
-            lines = errors.decode(errors="replace").strip().splitlines()
-            failure = f"was not done after {seconds:.0f} s" + (f"; its last words: {lines[-1]}" if lines else "")
-    findings = [Finding(**json.loads(line)) for line in out.decode().splitlines() if line.endswith("}")]
-    if failure is not None:
-        fix = f"{' '.join(command[:4])} '{command[4]}' shows where"
-        findings.append(Finding("error", name, f"this check {failure}", fix))
+            failure = f"was not done after {seconds:.0f} s: {_last(errors)}"
+    findings = [Finding(**json.loads(line)) for line in out.splitlines() if line.endswith("}")]
+    if failure:
+        said = {"said": errors.splitlines()[-_KEPT_LINES:]}
+        fix = "scaler doctor --json has the last lines of what it said"
+        findings.append(Finding("error", name, f"this check {failure}", fix, facts=said))
     return findings
 
 
 def _failure(code: int, errors: str) -> str:
-    """How a process ended, in its own last words."""
-    lines = errors.strip().splitlines() or ["without a word"]
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
-    return f"{how}: {lines[-1]}"
+    """How a process ended."""
+    return f"{f'was ended by {signal.Signals(-code).name}' if code < 0 else 'failed'}: {_last(errors)}"
+
+
+def _last(errors: str) -> str:
+    """The last line of what a process said."""
+    return (errors.strip().splitlines() or ["without a word"])[-1]
 
 
 def main() -> None:
-    """`python -m scaler.doctor.checks MODULE ASKED`: findings on standard output, all else on standard error."""
-    module, asked = sys.argv[1:]
+    """`python -m scaler.doctor.checks MODULE`: what is asked comes in (there may be secrets in it), findings go out."""
     with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)
-        for finding in import_module(module).check(json.loads(asked)):
+        os.dup2(2, 1)  # what libraries print
+        for finding in import_module(sys.argv[1]).check(json.load(sys.stdin)):
             print(json.dumps(asdict(finding)), file=out, flush=True)
 
 

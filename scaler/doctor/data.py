@@ -29,6 +29,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     from scaler.recipe import Data
     from shards.index import ShardIndex
     from shards.indexing import sorted_by_class
+    from shards.places import without_secrets
 
     place = asked["shards"]
     if asked["elsewhere"] and "://" not in place and not os.path.exists(place):
@@ -44,7 +45,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield finding
         return
     facts = {"samples": index.num_samples, "shards": len(index.shard_names), "bytes": index.num_bytes}
-    found = f"{place}: {counted(index.num_samples, 'image')} in {counted(facts['shards'], 'shard')}"
+    found = f"{without_secrets(place)}: {counted(index.num_samples, 'image')} in {counted(facts['shards'], 'shard')}"
     if advice := sorted_by_class(index):
         yield Finding("warning", "shards", f"{found}; {advice}", facts=facts)
     else:

@@ -26,7 +26,7 @@ def examine(
     overrides: Sequence[str] = (),
     *,
     shards: str | None = None,
-    run_dir: Path | None = None,
+    run_dir: str | None = None,
     hosts: Path | None = None,
     processes: int | None = None,
     port: int | None = None,
@@ -92,14 +92,16 @@ def examine(
         question = {"shards": facts["data"], "views": facts["views"], "cache_dir": facts["cache_dir"]}
         findings += run_check("data", {**question, "cores": cores(), "elsewhere": bool(job.hosts)})
     if started > 1:
-        findings = run_check("ranks", {"findings": [asdict(finding) for finding in findings]}, seconds=_MEETING_SECONDS)
+        mine = [asdict(finding) for finding in findings]
+        together = run_check("ranks", {"findings": mine}, seconds=_MEETING_SECONDS)
+        findings = together if len(together) > 1 else findings + together  # they did not meet
     return findings
 
 
-def _facts(findings: Sequence[Finding], *, shards: str | None, run_dir: Path | None) -> dict[str, Any]:
+def _facts(findings: Sequence[Finding], *, shards: str | None, run_dir: str | None) -> dict[str, Any]:
     """What the recipe's check has found of it; without that what the command line says."""
     for finding in findings:
         if finding.check == "recipe" and finding.facts:
             return finding.facts
-    folders = [str(run_dir or "runs")]
+    folders = [run_dir or "runs"]
     return {"shards": shards, "folders": folders, "data": shards, "views": [], "cache_dir": None}

@@ -100,8 +100,9 @@ def test_a_machine_full_of_faults(place: Path) -> None:
 def test_hosts_full_of_faults(place: Path) -> None:
     (place / "hosts").write_text("host1 slots=1\nhost2 slots=1\nhost3 slots=1\n")
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "GLOO_SOCKET_IFNAME": "docker0"}
-    with hosts(2) as machines:
-        for machine in machines:
+    with hosts(3) as machines:
+        machines[2].cut()
+        for machine in machines[:2]:
             for line in (
                 "link add docker0 type bridge",
                 "address add 172.17.0.1/16 dev docker0",
