@@ -139,7 +139,7 @@ def _fsdp2(model: Model, trace: Trace, setup: Setup) -> Sides:
         yield _Moment("forward", waiting, trace.forward, root + around - block)
         here: Counter[int] = Counter()
         shards = travelling = 0
-        for segment, done in _backward(model, trace):
+        for segment in trace.backward:
             yield _Moment("backward", waiting + shards, segment.peak, root + around, travelling)
             weight = model.weights[segment.parameter]
             here[weight.unit] += weight.numel
@@ -177,8 +177,8 @@ def _zero12(model: Model, trace: Trace, setup: Setup) -> Sides:
     def moments() -> Iterator[_Moment]:
         yield _Moment("observe", 0, trace.observe - trace.kept)
         yield _Moment("forward", early, trace.forward)
-        made, filled = 0, 0
-        for segment, _ in _backward(model, trace):
+        made = filled = 0
+        for segment in trace.backward:
             kept = made if stage == 1 else part if filled > bucket else 0
             yield _Moment("backward", early + kept, segment.peak, 0, bucket)
             size = _FP32 * model.weights[segment.parameter].numel
@@ -208,7 +208,7 @@ def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
         if trace.observe:
             yield _Moment("observe", part, trace.observe - trace.kept, ahead, bucket + ahead)
         yield _Moment("forward", part, trace.forward, live + before_forward, bucket)
-        for segment, _ in _backward(model, trace):
+        for segment in trace.backward:
             yield _Moment("backward", part, segment.peak, live, bucket)
         yield _Moment("update", part, buffers=bucket + flat + _update(model, setup, lambda w: w.part(ranks)))
 

@@ -22,8 +22,7 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in a step: in rings over all ranks, in rings inside a group of `shard_ranks`, and in rings
-    over the groups."""
+    """Bytes that a rank sends in a step: in rings over all ranks, inside a group of `shard_ranks`, and over groups."""
 
     everywhere: int = 0
     inside: int = 0
