@@ -71,10 +71,13 @@ def train(
     command = train_command(str(recipe), words, processes=processes, strategy=checked.strategy.name)
     folder, cell = Path(checked.run.dir), _Cell()
     before, lines = _written(folder), deque[str](maxlen=_TAIL)
+    told: dict[str, None] = {}  # errors, in order; every rank may say the same
 
     def say(line: str) -> None:
-        lines.append(line)
-        if not line.startswith("error: "):  # which is raised
+        if line.startswith("error: "):
+            told[line.removeprefix("error: ")] = None
+        elif not told:  # what launchers add to an error is about themselves
+            lines.append(line)
             cell.say(line)
 
     code, stopped = _watch(command, processes=processes, say=say)
@@ -86,7 +89,6 @@ def train(
     elif stopped and not ended:
         raise KeyboardInterrupt("stopped before the first step")
     elif code:
-        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         raise ValueError(ended.get("error") or "\n".join(told or ["the training ended without a word:", *lines]))
     return Run(folder)
 

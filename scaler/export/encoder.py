@@ -109,7 +109,7 @@ def take_encoder(
     if head is not None:
         place = model.pretrained_cfg["classifier"]
         state |= {f"{place}.weight": head.weight, f"{place}.bias": head.bias}
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)  # no second copy of a large model
 
     @torch.no_grad()
     def reference(images: Tensor) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ def write(encoder: Encoder, place: Path, *, dynamic_size: bool) -> None:
     """
     if encoder.patch_size is None:
         raise ValueError(
-            f"the original DINOv2 has ViTs only, and {encoder.architecture} is none: export it with --format timm"
+            f"the original DINOv2 has plain ViTs only, and {encoder.architecture} is none: export it with --format timm"
         )
     if encoder.num_classes:
         raise ValueError("the original DINOv2 keeps no classifier: leave out --classifier, or take --format timm")

@@ -147,7 +147,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(sources: dict[str, Path], t
     (tmp_path / "taken.onnx").write_text("theirs")
     vit, cnn = sources["patch14"], sources["resnet50"]
     for words, expected in (
-        ([cnn, "x.pth", "--format", "dinov2"], "has ViTs only, and resnet50 is none: export it with --format timm"),
+        ([cnn, "x.pth", "--format", "dinov2"], "has plain ViTs only, and resnet50 is none: export it with --format timm"),
         ([tmp_path / "relu", "x.pth", "--format", "dinov2"], "would give other .* they differ by"),
         ([tmp_path / "stem", "x"], "nobody could load the folder: export it with --format onnx"),
         ([vit, "x.pt", "--format", "torchscript", "--dynamic-size"], "does not run on 1 images of 70 pixels"),
