@@ -20,6 +20,7 @@ from scaler.cli.data import data
 from scaler.cli.doctor import doctoring
 from scaler.cli.evaluation import evals
 from scaler.cli.exporting import exporting
+from scaler.cli.planning import planning
 from scaler.cli.recipes import recipes
 from scaler.cli.show import show
 from scaler.cli.training import training
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(data)
 app.add_typer(training)
+app.add_typer(planning)
 app.add_typer(evals, name="eval")
 app.add_typer(show, name="show")
 app.add_typer(exporting)

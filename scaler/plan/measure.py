@@ -21,11 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from scaler.bench.stepper import Stepper, noise
 from scaler.collectives import World
-from scaler.layout import Layout
+from scaler.layout import Layout, batch_layout
 from scaler.optimizers import build_optimizer
 from scaler.plan.live import LiveBytes
+from scaler.plan.planner import possible_layouts, predict
+from scaler.plan.trace import meta_method
 from scaler.recipe import Recipe
 from scaler.strategies import strategy_class
+from scaler.strategies.launcher import resolve_strategy
+from scaler.strategies.processes import join, meet
 from scaler.train import build_method
 
 _STEPS = 3  # the first makes buffers, and DeepSpeed's prefetching learns from the second
@@ -66,16 +70,18 @@ def measure_step(
             stepper.step()
         gc.collect()
         phases: Counter[str] = Counter()
-        phase = "begin"
+        phase = ""
 
         def at(name: str) -> None:
             nonlocal phase
-            phases[phase] = max(phases[phase], torch.cuda.max_memory_allocated(device) if cuda else memory.peak)
+            if phase:
+                most = torch.cuda.max_memory_allocated(device) if cuda else memory.peak
+                phases[phase] = max(phases[phase], most)
             phase, memory.peak = name, memory.live
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
 
-        at("begin")
+        at("augment")
         with traffic:
             stepper.step(at)
         held = torch.cuda.memory_allocated(device) if cuda else memory.live
@@ -83,6 +89,62 @@ def measure_step(
         {"peak": max(phases.values()), "phases": dict(phases), "held": held, "parts": strategy.memory()}
     )
     return {**max(found, key=lambda rank: rank["peak"]), "sent": traffic.sent}
+
+
+def compare_here(recipe: Recipe) -> dict[str, Any]:
+    """Measure the recipe's strategy in this process and its peers, in at most two micro-batches, and hold it against
+    the plan.
+
+    Returns:
+        On every rank: what was run (`strategy`, `ranks`, `micro_batch_size`, …), `planned` and `measured`, each with
+        `peak`, `when`, `parts` and `sent`, and `difference`, planned over measured peak less one.
+
+    Raises:
+        ValueError: no micro-batch that the method takes.
+    """
+    meeting = meet()
+    world, device = join(meeting, ranks=meeting.size)
+    try:
+        settings = resolve_strategy(recipe.strategy)
+        method = meta_method(recipe, world=World())
+        layouts = possible_layouts(method, recipe.data.global_batch_size, ranks=world.size)
+        micro = settings.micro_batch_size or layouts[0].micro_batch_size
+        count = min(
+            2, batch_layout(recipe.data.global_batch_size, micro_batch_size=micro, ranks=world.size).num_micro_batches
+        )
+        size = micro * count * world.size
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"global_batch_size": size})})
+        layout = Layout(world.size, micro, count)
+        method.check_layout(num_micro_batches=count, micro_batch_size=micro)
+        real = measure_step(recipe, settings, layout, world=world, device=device)
+        planned = predict(recipe, settings, layout, device=device.type)
+        return {
+            "method": recipe.method.name,
+            "backbone": recipe.method.backbone,
+            "strategy": settings.name,
+            "precision": settings.precision,
+            "activation_checkpointing": settings.activation_checkpointing,
+            "ranks": world.size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "micro_batch_size": micro,
+            "num_micro_batches": count,
+            "planned": {
+                "peak": planned.memory.peak,
+                "when": planned.memory.when,
+                "parts": planned.memory.parts,
+                "sent": planned.sent,
+            },
+            "measured": {
+                "peak": real["peak"],
+                "when": max(real["phases"], key=real["phases"].__getitem__),
+                "parts": real["parts"],
+                "sent": real["sent"],
+            },
+            "difference": planned.memory.peak / real["peak"] - 1,
+        }
+    finally:
+        if world.size == 1:  # with others, one that fails must not wait for them
+            dist.destroy_process_group()
 
 
 class Traffic(TorchDispatchMode):
@@ -107,9 +169,3 @@ _TIMES = {"allreduce": 2, "allgather_base": 1, "reduce_scatter_base": 1, "allgat
 
 def _nbytes(tree: Any) -> int:
     return sum(t.numel() * t.itemsize for t in tree_leaves(tree) if isinstance(t, Tensor))
-
-
-def leave(world: World) -> None:
-    """End the group that was joined for a measurement."""
-    if world.size == 1 and dist.is_initialized():
-        dist.destroy_process_group()

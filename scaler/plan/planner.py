@@ -170,7 +170,9 @@ def plan_recipe(
                 if gathered not in lines:
                     lines[gathered] = _line(recipe, settings, layouts, gathered=gathered)
                 choices.append(_choose(strategy, settings, model, lines[gathered], layouts, machine))
-    fitting = [choice for choice in choices if choice.fits]
+    # A precision that the recipe names is not for the plan to change.
+    own = recipe.strategy.precision
+    fitting = [choice for choice in choices if choice.fits and own in ("auto", choice.precision)]
     best = None
     if fitting:
         fastest = min(choice.seconds for choice in fitting)
@@ -350,10 +352,10 @@ def _assumptions(recipe: Recipe, machine: Machine, images: int | None) -> Iterat
     if machine.images_per_second:
         yield f"time: {machine.images_per_second:g} images/s a GPU as given, with and without activation checkpointing"
     else:
-        peak = f"{machine.tflops:g}" if machine.tflops else f"{TFLOPS['bf16']:g} (bf16) or {TFLOPS['fp32']:g} (fp32)"
+        best = f"{machine.tflops:g}" if machine.tflops else f"{TFLOPS['bf16']:g} (bf16) or {TFLOPS['fp32']:g} (fp32)"
         yield (
-            f"time: operations counted, at {machine.mfu:.0%} (--mfu) of {peak} TFLOP/s a GPU (--tflops, else an H100's); "
-            "measured --images-per-second are better"
+            f"time: operations counted, at {machine.mfu:.0%} (--mfu) of {best} TFLOP/s a GPU "
+            "(--tflops, else an H100's); measured --images-per-second are better"
         )
     yield (
         f"network: rings at {machine.intra / 1e9:g} GB/s a GPU inside a machine (--intra)"

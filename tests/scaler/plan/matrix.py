@@ -65,9 +65,8 @@ def compare(
 
 def main() -> None:
     chosen = [case for case in CASES if not sys.argv[1:] or any(word in case for word in sys.argv[1:])]
-    print(
-        "| | strategy | planned MB | measured MB | | fullest | sent planned MB | sent MB |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| | strategy | planned MB | measured | | fullest | planned to send MB | sent |")
+    print("|---|---|---|---|---|---|---|---|")
     for case in chosen:
         name, layout, overrides = CASES[case]
         for strategy in STRATEGIES:  # one at a time: DeepSpeed does not let go of what it has held
