@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.evals.store import FeatureStore, chunk_ids, num_chunks
+from scaler.evals.store import Content, FeatureStore, chunk_ids, num_chunks
 from scaler.methods.base import Method
 from shards.decode import View
 from shards.index import ShardIndex
@@ -173,10 +173,10 @@ def extract_part(
         num_workers=num_workers,
     )
     with _progress(title, total=len(ids), shown=world.rank == 0) as advance:
-        for chunk, *content in _chunks(batches, missing, num_samples=index.num_samples, advance=advance):
-            kept[chunk] = (content[0], content[1], content[2])
+        for chunk, content in _chunks(batches, missing, num_samples=index.num_samples, advance=advance):
+            kept[chunk] = content
             if store is not None:
-                store.write(chunk, *kept[chunk])
+                store.write(chunk, *content)
     found = [content for content in kept.values() if content is not None]
     assert len(found) == len(own), "every chunk is read once"
     seconds = time.monotonic() - began
@@ -199,8 +199,8 @@ def _chunks(
     *,
     num_samples: int,
     advance: Callable[[int], None],
-) -> Iterator[tuple[int, Tensor, Tensor, list[dict[str, Any]]]]:
-    """The rows of batches as (chunk, ids, features, rejected samples), each chunk as soon as it is complete."""
+) -> Iterator[tuple[int, Content]]:
+    """The rows of batches by chunk, each as soon as it is complete."""
     waiting, rejected, at = Part(*(torch.empty(0, dtype=torch.int64),) * 2, torch.empty(0)), [], 0
     for part, bad in batches:
         advance(len(part.ids) + len(bad))
@@ -209,12 +209,8 @@ def _chunks(
         while at < len(chunks) and len(waiting.ids) + len(rejected) >= len(chunk_ids(chunks[at], num_samples)):
             past = chunk_ids(chunks[at], num_samples).stop
             inside = waiting.ids < past
-            yield (
-                chunks[at],
-                waiting.ids[inside],
-                waiting.features[inside],
-                [record for record in rejected if record["id"] < past],
-            )
+            bad = [record for record in rejected if record["id"] < past]
+            yield chunks[at], (waiting.ids[inside], waiting.features[inside], bad)
             waiting = Part(*(tensor[~inside] for tensor in waiting))
             rejected, at = [record for record in rejected if record["id"] >= past], at + 1
 

@@ -27,6 +27,7 @@ from shards.storage import write_atomic
 
 KEPT_BYTES = 50 * 10**9
 CHUNK = 1024  # samples of a file of features
+Content = tuple[Tensor, Tensor, list[dict[str, Any]]]  # of a chunk: ids, features, what could not be decoded
 _IN_USE_SECONDS = 3600.0  # what was used so recently stays, whatever the bound
 
 
@@ -83,7 +84,7 @@ class FeatureStore:
         self.folder = kept.entry("features", content_key(facts))
         write_atomic(self.folder / "facts.json", (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode())
 
-    def read(self, chunk: int) -> tuple[Tensor, Tensor, list[dict[str, Any]]] | None:
+    def read(self, chunk: int) -> Content | None:
         """Ids int64 [n], features float32 [n, d] and rejected samples of a chunk; None: not here, or damaged."""
         try:
             with safe_open(self._path(chunk), framework="pt") as file:

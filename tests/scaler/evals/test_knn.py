@@ -137,7 +137,7 @@ def test_predictions_are_those_of_scikit_learn_on_one_rank_and_on_four() -> None
         assert scores["top1"] == np.mean(np.array(scikit_learn(train, test, k, 0.07)) == test.labels.numpy())
     assert 0.2 < alone[1]["top1"] < alone[20]["top1"] < 1
 
-    predicted = {}
+    predicted: dict[int, int] = {}
     for part, classes, scores in run_distributed(on_ranks, 4, train, test):
         assert scores == alone
         predicted |= dict(zip(part.ids.tolist(), classes.tolist(), strict=True))
