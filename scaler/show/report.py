@@ -59,6 +59,9 @@ _WORDS = {
     "seconds/step": "seconds a step",
     "rejected": "rejected samples",
 }
+# Of the record of an evaluation.
+_SCORES = ("top1", "top5", "loss")
+_HOW = ("k", "temperature", "input", "lr", "image_size", "crop_fraction", "precision", "train", "val", "date")
 _LOGARITHMIC = re.compile(r"grad_norm(/.*)?")
 
 
@@ -345,22 +348,18 @@ def _compared(facts: dict[str, dict[str, Any]], *, only_different: bool) -> str:
 
 
 def _evaluations(runs: list[RunRecord]) -> str:
-    """What `scaler eval` has written of the runs, a row each."""
+    """What `scaler eval` has written of the runs (`scaler.evals.evaluate`), a row each."""
     rows = []
-    for run in runs:
+    for number, run in enumerate(runs):
         for found in run.evaluations:
-            scores = found.get("scores")
-            shown = {key: value for key, value in found.items() if isinstance(value, str | int | float)}
-            facts = ", ".join(f"{key} {_word(value)}" for key, value in shown.items() if key not in ("kind", "step"))
-            rows.append(
-                f"<tr><td>{html.escape(run.name)}</td><td>{html.escape(_word(found.get('kind', '')))}</td>"
-                f'<td class="number">{html.escape(_word(found.get("step", "")))}</td>'
-                f"<td>{html.escape(_scores(scores if isinstance(scores, dict) else {}))}</td>"
-                f'<td class="value faint">{html.escape(facts)}</td></tr>'
-            )
+            scores = ", ".join(f"{name} {_word(found[name])}" for name in _SCORES if found.get(name) is not None)
+            how = ", ".join(f"{name} {_word(found[name])}" for name in _HOW if found.get(name) is not None)
+            cells = [str(found.get("evaluation", "?")), _word(found.get("step", "")), scores, how]
+            words = "".join(f'<td class="value">{html.escape(cell)}</td>' for cell in cells)
+            rows.append(f'<tr><td class="name">{_sample(number)} {html.escape(run.name)}</td>{words}</tr>')
     if not rows:
         return ""
-    head = "<tr><th>run</th><th>kind</th><th>step</th><th>scores</th><th>how</th></tr>"
+    head = "<tr><th>run</th><th>evaluation</th><th>step</th><th>scores</th><th>how</th></tr>"
     return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 

@@ -59,7 +59,7 @@ def make_runs(folder: Path, index: ShardIndex) -> list[Path]:
     (folder / "whole" / "exit.json").write_text('{"reason": "done"}')
     (folder / "whole" / "best.json").write_text('{"step": 3000, "val/top1": 0.6}')
     (folder / "whole" / "evaluations").mkdir()
-    evaluation = {"kind": "knn", "step": 3000, "scores": {"top1": 0.625}, "date": "2026-11-21"}
+    evaluation = {"evaluation": "knn", "step": 3000, "top1": 0.625, "k": 20, "date": "2026-11-21", "table": []}
     (folder / "whole" / "evaluations" / "knn.json").write_text(json.dumps(evaluation))
     (folder / "failed" / "exit.json").write_text('{"reason": "error", "error": "CUDA out of memory"}')
     (folder / "empty").mkdir()
@@ -114,7 +114,7 @@ def test_the_page_holds_everything_and_refers_to_nothing(report: Path) -> None:
     words = " ".join(page.texts)
     for expected in ("failed: CUDA out of memory", "no run: it holds neither", "done", "Losses of different methods",
                      "optim.lr", "3,000 of 20", "1 samples, met 2 times", "a-000000.tar", "top1 0.6 (step 3000)",
-                     "top1 0.625", "own picture.jpg", "No picture of its batches"):  # fmt: skip
+                     "top1 0.625", "k 20, date", "own picture.jpg", "No picture of its batches"):  # fmt: skip
         assert expected in words, expected
 
 
