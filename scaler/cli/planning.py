@@ -56,7 +56,7 @@ def plan(
     words = overrides or []
     try:
         checked = load_recipe(recipe, overrides=words)
-        sizes = [_size(text) for text in (memory, intra, inter)]
+        size, near, far = [_size(text) for text in (memory, intra, inter)]
     except ValueError as error:
         raise WrongUse(str(error)) from None
     if measure and processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -74,7 +74,17 @@ def plan(
     from scaler.plan.planner import Choice, Machine, plan_recipe
     from scaler.plan.report import plan_as_json, show_plan
 
-    machine = Machine(gpus, nodes, *sizes, tflops=tflops, mfu=mfu, images_per_second=images_per_second, loader=loader)
+    machine = Machine(
+        gpus,
+        nodes,
+        memory=size,
+        intra=near,
+        inter=far,
+        tflops=tflops,
+        mfu=mfu,
+        images_per_second=images_per_second,
+        loader=loader,
+    )
     planned = plan_recipe(checked, machine, images=images or _images(checked), say=_say)
 
     def command(choice: Choice) -> str:

@@ -53,12 +53,15 @@ class LiveBytes(TorchDispatchMode):
                 if id(storage) not in before and storage not in self._sizes:
                     self._sizes[storage] = size = [storage.nbytes()]
                     self._add(size[0])
-                    weakref.finalize(storage, lambda size=size: self._add(-size[0]))
+                    weakref.finalize(storage, self._free, size)
         return out
 
     def _add(self, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _free(self, size: list[int]) -> None:
+        self._add(-size[0])
 
     def _resized(self, resize_: Callable[..., Any]) -> Callable[..., Any]:
         """FSDP2 frees a gathered weight by emptying its storage, which is no operation."""

@@ -89,7 +89,7 @@ class Trace:
         def between(a: int, b: int) -> int:
             return round(a + (b - a) * share)
 
-        numbers = {
+        numbers: dict[str, Any] = {
             f.name: between(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name in _LINEAR
         }
         segments = tuple(

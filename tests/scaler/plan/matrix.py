@@ -23,11 +23,12 @@ from scaler.strategies.launcher import resolve_strategy
 from tests.distributed.helper import run_distributed
 
 FP32 = "strategy.precision=fp32"
-DINOV2 = ("method.group_size=2", "method.num_prototypes=8192", FP32)
+SIMCLR = ("data.image_size=96", FP32)  # small images, since a CPU computes them
+DINOV2 = ("data.image_size=96", "method.local_size=48", "method.group_size=2", "method.num_prototypes=8192", FP32)
 CASES: dict[str, tuple[str, Layout, Sequence[str]]] = {
-    "SimCLR, ViT-S/16": ("simclr/vits16_in1k", Layout(2, 4, 1), (FP32,)),
-    "SimCLR, ViT-B/16": ("simclr/vitb16_in1k", Layout(2, 2, 1), (FP32,)),
-    "DINOv2, ViT-S/16": ("dinov2/vits16_in1k", Layout(2, 2, 1), DINOV2),
+    "SimCLR, ViT-S/16": ("simclr/vits16_in1k", Layout(2, 8, 1), SIMCLR),
+    "SimCLR, ViT-B/16": ("simclr/vitb16_in1k", Layout(2, 4, 1), SIMCLR),
+    "DINOv2, ViT-S/16": ("dinov2/vits16_in1k", Layout(2, 4, 1), DINOV2),
     "DINOv2, ViT-B/16": ("dinov2/vitb16_in1k", Layout(2, 2, 1), DINOV2),
 }
 
@@ -69,8 +70,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for case in chosen:
         name, layout, overrides = CASES[case]
-        for strategy in STRATEGIES:  # one at a time: DeepSpeed does not let go of what it has held
-            planned, real = compare(name, layout, overrides, [strategy])[strategy]
+        found: dict[str, Any] = {}
+        for together in (("ddp", "fsdp2"), ("zero1",), ("zero2",), ("zero3",)):  # DeepSpeed never lets go
+            found |= compare(name, layout, overrides, together)
+        for strategy, (planned, real) in found.items():
             more = 100 * (planned.memory.peak / real["peak"] - 1)
             print(
                 f"| {case} | {strategy} | {planned.memory.peak / 1e6:.0f} | {real['peak'] / 1e6:.0f} | {more:+.1f} % "
