@@ -1,6 +1,6 @@
 """Building the image without an engine, in a Debian tree that debootstrap makes: minutes, and 9 GB on the disk.
 
-    python -m tests.launch.container.build /scratch/image
+    python -m tests.launch.container.build /scratch/image       # then SCALER_TEST_IMAGE=/scratch/image for the tests
 
 apt and pip are this machine's: their variables and the certificates that these name are passed on, nothing is kept.
 """

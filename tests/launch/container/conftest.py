@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from tests.long import only_long
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The trees of the image, built in a Debian tree, once for all workers."""
-    folder = tmp_path_factory.getbasetemp().parent / "image"
+    """The trees of the image, built in a Debian tree, once for all workers; SCALER_TEST_IMAGE: there, to be kept."""
+    folder = Path(os.environ.get("SCALER_TEST_IMAGE", tmp_path_factory.getbasetemp().parent / "image"))
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
