@@ -28,6 +28,7 @@ from launch.job import Job
 from launch.judge import judge, real
 from scaler.doctor.finding import Finding
 from scaler.doctor.needs import Needs
+from scaler.doctor.recipe import measure
 from scaler.recipe import Recipe
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "timm")
@@ -82,7 +83,8 @@ def check_hosts(job: Job, recipe: Recipe, *, kind: str) -> Report:
         return Report(unchecked=["the machines, which the scheduler will choose"])
     if job.nodes > 1 and not job.hosts:
         return Report(unchecked=[f"the {job.nodes} machines, whose names are not known; give --hosts"])
-    return look(job, Needs.places(recipe), kind=kind, port=bool(job.hosts))
+    needs, _ = measure(recipe, processes=job.processes, ranks=job.nodes * job.processes)
+    return look(job, needs, kind=kind, port=bool(job.hosts))
 
 
 def look(job: Job, needs: Needs, *, kind: str = "torchrun", port: bool = True, written: int = 1 << 20) -> Report:
@@ -119,7 +121,7 @@ def look(job: Job, needs: Needs, *, kind: str = "torchrun", port: bool = True, w
             pool.map(lambda i: _Probe(names[i], ssh=bool(job.hosts), asked={**asked, "number": i}), range(len(names)))
         )
         try:
-            first = dict(zip(names, pool.map(lambda probe: probe.ask({}), probes), strict=True))
+            first = dict(zip(names, pool.map(lambda probe: probe.look(), probes), strict=True))
             report.findings.extend(p for probe in probes if (p := probe.problem) is not None)
             answers = {name: facts for name, facts in first.items() if facts is not None}
             report.findings.extend(_unlike(answers, job=job, kind=kind))
@@ -150,8 +152,17 @@ class _Probe:
             [*_SSH, name, shlex.join(command)] if ssh else command, stdin=pipe, stdout=pipe, stderr=pipe
         )
 
+    def look(self) -> dict[str, Any] | None:
+        """What the host is like by itself, with `clock`: its clock minus ours is between these two (seconds)."""
+        facts = self.ask({"about": "alone"})
+        asked = time.time()
+        answer = self.ask({"about": "time"}) if facts is not None else None
+        if facts is None or answer is None:
+            return None
+        return {**facts, "clock": (answer["time"] - time.time(), answer["time"] - asked)}
+
     def ask(self, question: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer, with `skew`: the host's clock minus ours, where it tells the time. None: `problem` says why."""
+        """The answer to a question about something. None: there is none, and `problem` says why."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -166,7 +177,7 @@ class _Probe:
             self._fail(*self._failure())
             return None
         answer: dict[str, Any] = json.loads(line)
-        return {**answer, "skew": answer["time"] - time.time()} if "time" in answer else answer
+        return answer
 
     def close(self) -> None:
         """Let the probe clean up and end."""
@@ -218,7 +229,9 @@ def _unlike(found: dict[str, dict[str, Any]], *, job: Job, kind: str) -> Iterato
         if sha256 is not None and reference["index"].get("sha256") not in (None, sha256):
             fix = "copy them, or share the folder"
             yield error("shards", f"other shards than on {first} (index.json differs)", fix)
-        if abs(skew := facts["skew"] - reference["skew"]) > _CLOCK_SECONDS:
+        (low, high), (first_low, first_high) = facts["clock"], reference["clock"]
+        if max(low - first_high, first_low - high) > _CLOCK_SECONDS:
+            skew = (low + high - first_low - first_high) / 2
             yield error("clock", f"its clock is {skew:+.1f} s from {first}'s", "run a time service (chrony) on both")
         elif name != first:
             yield Finding("ok", "clock", f"at most {_CLOCK_SECONDS:.0f} s from {first}'s", host=name)
@@ -238,7 +251,7 @@ def _others(name: str, found: dict[str, dict[str, Any]], *, job: Job) -> dict[st
     if job.hosts and (first := job.hosts[0].name) in ready and found[first]["port"] is None:
         connect.append((first, first, job.port))
     written = [place["path"] for other in ready for place in found[other]["written"] if place["path"]]
-    return {"connect": connect, "written": written}
+    return {"about": "others", "connect": connect, "written": written}
 
 
 def _apart(

@@ -2,8 +2,8 @@
 
     python -c "$(cat launch/probe.py)" '{"number": 0, "folder": "/work", …}'
 
-It answers each line of its standard input with one line of JSON: first what it finds on its host by itself, then,
-once every host has come so far, what it sees of the others. It cleans up when standard input ends.
+It answers each line of its standard input with one line of JSON: what it finds on its host by itself, what time it is,
+and, once every host has come so far, what it sees of the others. It cleans up when standard input ends.
 """
 
 import contextlib
@@ -31,11 +31,15 @@ def main() -> None:
     """Answer until standard input ends."""
     asked = json.loads(sys.argv[1])
     with contextlib.ExitStack() as stack:
-        if sys.stdin.readline():
-            print(json.dumps({**alone(asked, stack), "time": time.time()}), flush=True)
-        if line := sys.stdin.readline():
-            print(json.dumps(together(json.loads(line), asked)), flush=True)
-        sys.stdin.read()
+        for line in sys.stdin:
+            question = json.loads(line)
+            if question["about"] == "alone":
+                answer = alone(asked, stack)
+            elif question["about"] == "time":
+                answer = {"time": time.time()}
+            else:
+                answer = together(question)
+            print(json.dumps(answer), flush=True)
 
 
 def alone(asked: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def cores() -> int:
     return number
 
 
-def together(others: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def together(others: dict[str, Any]) -> dict[str, Any]:
     """Which of the other hosts' ports cannot be reached and which of their files cannot be seen."""
     unreached = []
     for name, address, port in others["connect"]:

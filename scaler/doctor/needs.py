@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scaler.recipe import Recipe
 from shards.places import without_secrets
@@ -34,21 +34,8 @@ class Needs:
     loader_bytes: int = 0
 
     @classmethod
-    def places(cls, recipe: Recipe) -> Needs:
-        """What can be said without torch: where the recipe reads and writes."""
-        data, checkpoints = recipe.data, recipe.checkpoint.dir or recipe.run.dir
-        shards = _local(data.shards) if data.reader == "indexed" else None
-        why = "" if shards else "a stream" if data.reader == "stream" else "remote"
-        return cls(
-            shards=shards,
-            unchecked=f"data.shards on the hosts, since {without_secrets(data.shards)} is {why}" if why else "",
-            folders=tuple(sorted({place for folder in (recipe.run.dir, checkpoints) if (place := _local(folder))})),
-            checkpoints=_local(checkpoints),
-        )
-
-    @classmethod
     def of(cls, recipe: Recipe, *, checkpoint_bytes: int, batch_bytes: int, processes: int) -> Needs:
-        """All of it.
+        """Those of a recipe.
 
         Args:
             recipe: the recipe.
@@ -56,13 +43,18 @@ class Needs:
             batch_bytes: of the pixels of one micro-batch, as loader processes hand it over.
             processes: that train on a machine.
         """
-        workers, saved = recipe.data.num_workers, recipe.checkpoint
-        at_a_time = _READY * workers + _HELD if workers else 0
-        return replace(
-            cls.places(recipe),
+        data, saved, checkpoints = recipe.data, recipe.checkpoint, recipe.checkpoint.dir or recipe.run.dir
+        shards = _local(data.shards) if data.reader == "indexed" else None
+        why = "" if shards else "a stream" if data.reader == "stream" else "remote"
+        at_a_time = _READY * data.num_workers + _HELD if data.num_workers else 0
+        return cls(
+            shards=shards,
+            unchecked=f"data.shards on the hosts, since {without_secrets(data.shards)} is {why}" if why else "",
+            folders=tuple(sorted({place for folder in (recipe.run.dir, checkpoints) if (place := _local(folder))})),
+            checkpoints=_local(checkpoints),
             checkpoint_bytes=checkpoint_bytes,
-            num_checkpoints=saved.keep_last + 1 + (saved.keep_best and recipe.data.val_shards is not None),
-            loader_processes=workers * processes,
+            num_checkpoints=saved.keep_last + 1 + (saved.keep_best and data.val_shards is not None),
+            loader_processes=data.num_workers * processes,
             loader_bytes=at_a_time * batch_bytes * processes,
         )
 

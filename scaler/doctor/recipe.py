@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaler.doctor.finding import Finding, first_line, sized
+
+if TYPE_CHECKING:
+    from scaler.doctor.needs import Needs
+    from scaler.methods.base import Method
+    from scaler.recipe import Recipe
 
 
 def check(asked: dict[str, Any]) -> Iterator[Finding]:
@@ -31,7 +36,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         found = f"strategy.name={recipe.strategy.name} needs DeepSpeed, which is not installed"
         yield Finding("error", "deepspeed", found, "pip install 'scaler[deepspeed]'")
     try:
-        facts = _measured(recipe, processes=asked["processes"], ranks=asked["ranks"])
+        facts = _facts(recipe, processes=asked["processes"], ranks=asked["ranks"])
     except ValueError as error:
         yield Finding("error", "recipe", first_line(error))
         return
@@ -43,45 +48,57 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("ok", "recipe", found, facts=facts)
 
 
-def _measured(recipe: Any, *, processes: int, ranks: int) -> dict[str, Any]:
-    """Of one run: bytes of a checkpoint, of the loader's shared memory, and how many loader processes.
+def _facts(recipe: Any, *, processes: int, ranks: int) -> dict[str, Any]:
+    """The needs of a run, and what else other checks are asked by.
 
-    The method and its optimiser are built on the meta device, as a run would build them, and nothing is allocated.
+    Raises:
+        ValueError: its batches cannot be laid over so many ranks.
+    """
+    from scaler.layout import batch_layout
+    from scaler.timetable import batch_sizes
+
+    if recipe.strategy.min_ranks is None:
+        for size in batch_sizes(recipe):
+            batch_layout(size, micro_batch_size=recipe.strategy.micro_batch_size, ranks=ranks)
+    needs, method = measure(recipe, processes=processes, ranks=ranks)
+    return {
+        **asdict(needs),
+        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "views": [asdict(view) for view in method.views_at(recipe.data.image_size)],
+        "data": None if recipe.data.reader == "stream" else recipe.data.shards,
+        "cache_dir": recipe.data.cache_dir,
+    }
+
+
+def measure(recipe: Recipe, *, processes: int, ranks: int) -> tuple[Needs, Method]:
+    """What a run takes of each machine, and its method, built on the meta device: nothing is allocated.
+
+    Args:
+        recipe: the recipe.
+        processes: that train on a machine.
+        ranks: on all machines.
     """
     import torch
 
     from scaler.collectives import World
     from scaler.doctor.needs import Needs
-    from scaler.layout import batch_layout
     from scaler.methods import method_class
     from scaler.optimizers import build_optimizer
     from scaler.strategies.base import create_state
-    from scaler.timetable import batch_sizes
 
     with torch.device("meta"):
         method = method_class(recipe.method.name)(recipe.method, image_size=recipe.data.image_size, world=World())
         optimizer = build_optimizer(recipe.optim, method.parameter_groups(recipe.optim))
         create_state(optimizer)
-    weights = sum(tensor.nbytes for tensor in method.state_dict().values())
     states = [v for values in optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    if recipe.strategy.min_ranks is None:
-        for size in batch_sizes(recipe):
-            batch_layout(size, micro_batch_size=recipe.strategy.micro_batch_size, ranks=ranks)
-    stages = [(recipe.data.global_batch_size, recipe.data.image_size)]
-    stages += [(s.global_batch_size or stages[0][0], s.image_size or stages[0][1]) for s in recipe.data.stages]
-    views = {size: method.views_at(size) for _, size in stages}
-    pixels = {size: sum(view.count * 3 * view.size**2 for view in views[size]) for size in views}
-    micro = recipe.strategy.micro_batch_size
+    data, micro = recipe.data, recipe.strategy.micro_batch_size
+    stages = [(data.global_batch_size, data.image_size)]
+    stages += [(s.global_batch_size or data.global_batch_size, s.image_size or data.image_size) for s in data.stages]
+    pixels = {size: sum(view.count * 3 * view.size**2 for view in method.views_at(size)) for _, size in stages}
     needs = Needs.of(
         recipe,
-        checkpoint_bytes=weights + sum(state.nbytes for state in states),
+        checkpoint_bytes=sum(tensor.nbytes for tensor in [*method.state_dict().values(), *states]),
         batch_bytes=max((micro or -(-batch // ranks)) * pixels[size] for batch, size in stages),
         processes=processes,
     )
-    return {
-        **asdict(needs),
-        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
-        "views": [asdict(view) for view in views[recipe.data.image_size]],
-        "data": None if recipe.data.reader == "stream" else recipe.data.shards,
-        "cache_dir": recipe.data.cache_dir,
-    }
+    return needs, method
