@@ -62,7 +62,14 @@ def announce(
 
 def unread_settings(recipe: Recipe, method: Method) -> Iterator[str]:
     """What the recipe says about evaluation that nothing reads."""
-    if recipe.data.val_shards is not None and not method.validates:
-        yield f"data.val_shards is set, without effect: {recipe.method.name} has no labels; use scaler eval knn"
-    elif recipe.data.val_shards is None and recipe.evaluate != type(recipe.evaluate)():
-        yield "the section evaluate is set, without effect: data.val_shards names no images to score"
+    default = type(recipe.evaluate)()
+    if recipe.data.val_shards is None:
+        if recipe.evaluate != default:
+            yield "the section evaluate is set, without effect: data.val_shards names no images to score"
+        written = recipe.checkpoint.model_fields_set
+        if "keep_best" in written and len(written) < len(type(recipe.checkpoint).model_fields):  # by hand, not by a run
+            yield "checkpoint.keep_best is set, without effect: data.val_shards names no images to tell the best by"
+    elif method.validates:
+        for key in ("neighbours", "k"):
+            if getattr(recipe.evaluate, key) != getattr(default, key):
+                yield f"evaluate.{key} is set, without effect: {recipe.method.name} is scored by its own classifier"

@@ -34,6 +34,7 @@ class TrainingData(ABC):
     """The images of a run.
 
     Attributes:
+        index: which images there are; None where nobody knows.
         num_samples: how many there are; None where nobody knows.
         class_names: by label, empty where there are no labels; None where nobody knows.
         fingerprint: of what they are, for checkpoints.
@@ -41,6 +42,7 @@ class TrainingData(ABC):
         remote: whether they come over a network.
     """
 
+    index: ShardIndex | None
     num_samples: int | None
     class_names: Sequence[str] | None
     fingerprint: str
@@ -103,6 +105,8 @@ def open_data(recipe: Recipe) -> TrainingData:
 class IndexedData(TrainingData):
     """Shards with an index, in the order that the recipe gives them."""
 
+    index: ShardIndex
+
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self.index = ShardIndex.load(recipe.data.shards, cache=recipe.data.cache())
@@ -159,6 +163,7 @@ class IndexedData(TrainingData):
 class StreamData(TrainingData):
     """Shards without an index: drawn with replacement, each rank and worker by itself."""
 
+    index = None
     num_samples = None
     class_names = None
     remote = True  # a disk may be at the other end, but nothing can be read ahead of it

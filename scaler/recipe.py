@@ -178,7 +178,9 @@ class StrategySettings(Section):
 
 
 class Evaluate(Section):
-    """Scoring the model on `data.val_shards` while it is trained."""
+    """Scoring the model on `data.val_shards` while it is trained: a supervised one by its classifier, any other by a
+    kNN of its features among training images (among each other where training images have no labels).
+    """
 
     every: DurationText | None = Field(None, description="null: 1 epochs")
     patience: int | None = Field(
@@ -186,6 +188,8 @@ class Evaluate(Section):
     )
     batch_size: int | None = Field(None, gt=0, description="images a rank scores at a time; null: its micro-batch")
     crop_fraction: float = Field(0.875, gt=0, le=1, description="of the short side that the centre crop keeps")
+    neighbours: int = Field(20_000, gt=0, description="kNN: labelled training images, evenly spread, that may vote")
+    k: int = Field(20, gt=0, description="kNN: nearest ones that vote")
 
 
 class CheckpointSettings(Section):

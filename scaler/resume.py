@@ -15,6 +15,7 @@ _FREE = (
     "strategy.",
     "checkpoint.",
     "track.",
+    "evaluate.",
     "run.dir",
     "run.stop_after",
     "run.deterministic",

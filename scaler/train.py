@@ -373,10 +373,16 @@ def open_validation(
     Raises:
         ValueError: there is no such thing, or its classes are others than the training's; says how to mend it.
     """
-    if recipe.data.val_shards is None or not method.validates:
+    if recipe.data.val_shards is None:
         return None
     index = ShardIndex.load(recipe.data.val_shards, cache=recipe.data.cache())
-    if data.class_names is not None and index.class_names != data.class_names:
+    if not index.class_names:
+        raise ValueError(
+            f"{index.path} (data.val_shards) has no labels, and only labelled images can be scored; convert from a "
+            "folder of class folders, or leave data.val_shards out"
+        )
+    labelled = bool(data.class_names) or method.validates
+    if labelled and data.class_names is not None and index.class_names != data.class_names:
         raise ValueError(
             f"{index.path} (data.val_shards) has {len(index.class_names)} classes and {data.place} has "
             f"{len(data.class_names)}, or others: labels would not mean the same; convert both from class folders of "
@@ -387,7 +393,14 @@ def open_validation(
     method.check_classes(index.class_names)
     batch_size = recipe.evaluate.batch_size or layout.micro_batch_size
     return Validation(
-        recipe, index=index, method=method, strategy=strategy, batch_size=batch_size, world=world, device=device
+        recipe,
+        index=index,
+        train=data.index if data.class_names else None,
+        method=method,
+        strategy=strategy,
+        batch_size=batch_size,
+        world=world,
+        device=device,
     )
 
 

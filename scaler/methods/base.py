@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scaler.nn.color import Color
     from scaler.nn.weights import Weights  # at run time it would cost every command the import of timm
 
-Stage = Literal["observe", "combine", "learn", "evaluate"]
+Stage = Literal["observe", "combine", "learn", "evaluate", "features"]
 Batch = dict[str, Any]
 Hyper = dict[str, float]
 Channels = tuple[float, float, float]
@@ -135,7 +135,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, stage: Stage, *args: Any) -> Any:
-        """`observe(batch, hyper)`, `combine(observations, hyper)`, `learn(batch, target, hyper)` or `evaluate(…)`."""
+        """`observe(batch, hyper)`, `combine(observations, hyper)`, `learn(batch, target, hyper)`, `evaluate(…)` or
+        `features(images)`.
+        """
         return getattr(self, stage)(*args)
 
     def observe(self, batch: Batch, hyper: Hyper) -> Any:

@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from scaler.batches import run_batch
 from scaler.checkpoint import complete_checkpoints
 from scaler.evals.checkpoints import load_for_evaluation
-from scaler.evals.features import normalized
+from scaler.evals.features import Part, normalized
+from scaler.evals.knn import knn_accuracy, knn_scores
 from scaler.train import main
+from scaler.validation import evenly_spread
 from shards.convert import convert
 from shards.decode import View
 from shards.index import ShardIndex
@@ -21,7 +24,7 @@ from shards.loader import evaluation_batches
 from tests.distributed.helper import run_distributed
 from tests.images import make_image_folder
 from tests.long import only_long
-from tests.runs import CLASSES, make_shards, rows, train_job, weights, write_recipe
+from tests.runs import CLASSES, NUM_IMAGES, make_shards, rows, train_job, weights, write_recipe
 
 NUM_HELD_OUT = 53  # a prime: it fills no batch and no number of ranks
 
@@ -42,11 +45,13 @@ def held_out(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
-def recipe(path: Path, shards: Path, held_out: Path | None, **sections: dict[str, Any]) -> Path:
+def recipe(
+    path: Path, shards: Path, held_out: Path | None, method: str = "supervised_cnn", **sections: dict[str, Any]
+) -> Path:
     data = {"global_batch_size": 24, "val_shards": None if held_out is None else str(held_out)}
     return write_recipe(
         path,
-        "supervised_cnn",
+        method,
         shards=shards,
         data={**data, **sections.pop("data", {})},
         schedule={"total": "8 steps", "warmup": "2 steps"},
@@ -89,16 +94,73 @@ def test_every_image_is_scored_once_and_training_goes_on_as_if_nothing_had_been(
     assert all(value.equal(before[name]) for name, value in weights(tmp_path / "with" / last).items())
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp2", 2), ("zero3", 2), pytest.param("ddp", 3, marks=only_long)])
-def test_every_layout_gives_the_same_scores(shards, held_out, tmp_path, strategy, ranks):
-    alone = recipe(tmp_path / "alone.yaml", shards, held_out, evaluate={"every": "4 steps"})
+@pytest.mark.parametrize("method", ["dinov2", pytest.param("simclr", marks=only_long)])
+def test_features_are_scored_by_neighbours_and_training_goes_on_as_if_nothing_had_been(
+    shards, held_out, tmp_path, method
+):
+    evaluate = {"every": "3 steps", "batch_size": 10, "neighbours": 200, "k": 7}
+    with_scores = recipe(tmp_path / "with.yaml", shards, held_out, method, evaluate=evaluate)
+    without = recipe(tmp_path / "without.yaml", shards, None, method)
+    assert main([str(with_scores)]) == main([str(without)]) == 0
+    found = scores(tmp_path / "with")
+    assert list(found) == [3, 6, 8] and all(values["val/rejected"] == 1 for values in found.values())
+    best = json.loads((tmp_path / "with" / "best.json").read_text())
+    assert best["val/top1"] == max(values["val/top1"] for values in found.values())
+
+    model, train = load_for_evaluation(tmp_path / "with", device="cpu"), ShardIndex.load(shards)
+    some = evenly_spread(np.arange(NUM_IMAGES), 200)
+    assert len(set(some)) == 200 and set(np.diff(some)) == {5, 6}
+    (x, y), (queries, labels) = model.features(train), model.features(ShardIndex.load(held_out))
+    by_hand = knn_accuracy(x[some], y[some], queries, labels, k=7, num_classes=CLASSES)
+    assert found[8]["val/top1"] == pytest.approx(by_hand["top1"], abs=1.01 / (NUM_HELD_OUT - 1))  # one borderline image
+
+    plain = [{k: v for k, v in row.items() if not k.startswith("val/")} for row in rows(tmp_path / "with")]
+    assert plain == rows(tmp_path / "without")
+    before = weights(tmp_path / "without" / "checkpoints" / "step-00000008")
+    after = weights(tmp_path / "with" / "checkpoints" / "step-00000008")
+    assert after.keys() == before.keys() and all(value.equal(before[name]) for name, value in after.items())
+
+
+def test_without_labels_in_the_training_images_the_held_out_ones_classify_each_other(shards, held_out, tmp_path):
+    """And features that are no numbers any more classify nothing, while the loss tells what happened."""
+    make_image_folder(tmp_path / "images", num_images=24, classes=0, size=32, format="png", seed=1)
+    convert(tmp_path / "images", tmp_path / "unlabelled", workers=1)
+    options = {"evaluate": {"every": "1 steps", "k": 5}, "track": {"log_every": "1 steps"}}
+    path = recipe(tmp_path / "run.yaml", tmp_path / "unlabelled", held_out, "dinov2", **options)
+    assert main([str(path), "run.stop_after=1 steps"]) == 0
+    model, index = load_for_evaluation(tmp_path / "run", device="cpu"), ShardIndex.load(held_out)
+    x, labels = model.features(index)
+    part = Part(torch.arange(len(labels)), labels, x)
+    by_hand = knn_scores(part, part, ks=[5], num_classes=CLASSES, leave_out=True)[5]
+    found = scores(tmp_path / "run")[1]
+    assert found["val/top1"] == pytest.approx(by_hand["top1"], abs=1.01 / (NUM_HELD_OUT - 1))
+    assert main([str(path), "run.max_nonfinite=1", "run.max_rewinds=0", "optim.lr=1e30", "optim.clip_norm=null",
+                 f"run.dir={tmp_path / 'diverged'}"]) == 1  # fmt: skip
+    assert min(values["val/top1"] for values in scores(tmp_path / "diverged").values()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "ranks"),
+    [
+        ("supervised_cnn", "fsdp2", 2),
+        ("dinov2", "zero3", 2),
+        *(pytest.param(*values, marks=only_long) for values in (
+            ("supervised_cnn", "zero3", 2), ("supervised_cnn", "ddp", 3),
+            ("dinov2", "fsdp2", 3), ("simclr", "zero3", 2), ("simclr", "zero1", 2), ("simclr", "ddp", 3),
+        )),
+    ],
+)  # fmt: skip
+def test_every_layout_gives_the_same_scores(shards, held_out, tmp_path, method, strategy, ranks):
+    evaluate = {"every": "4 steps", "neighbours": 100}
+    alone = recipe(tmp_path / "alone.yaml", shards, held_out, method, evaluate=evaluate)
     assert main([str(alone)]) == 0
-    path = recipe(tmp_path / "many.yaml", shards, held_out, evaluate={"every": "4 steps", "batch_size": 5})
+    path = recipe(tmp_path / "many.yaml", shards, held_out, method, evaluate={**evaluate, "batch_size": 5})
     run_distributed(train_job, ranks, str(path), [f"strategy.name={strategy}"])
     one, many = scores(tmp_path / "alone"), scores(tmp_path / "many")
     assert one.keys() == many.keys() == {4, 8}
     for step in one:
-        assert many[step]["val/loss"] == pytest.approx(one[step]["val/loss"], rel=1e-4)
+        if method == "supervised_cnn":
+            assert many[step]["val/loss"] == pytest.approx(one[step]["val/loss"], rel=1e-4)
         assert abs(many[step]["val/top1"] - one[step]["val/top1"]) <= 1.01 / (NUM_HELD_OUT - 1)  # one borderline image
 
 
@@ -143,11 +205,15 @@ def test_what_cannot_be_scored_is_refused_or_said(shards, held_out, tmp_path, ca
     assert "labels would not mean the same" in capfd.readouterr().err
     assert main([str(path), "data.val_shards=null", "evaluate.patience=3", "run.stop_after=1 steps"]) == 0
     assert "the section evaluate is set, without effect" in capfd.readouterr().out
-    simclr = write_recipe(tmp_path / "simclr.yaml", "simclr", shards=shards)
-    assert (
-        main([str(simclr), "data.global_batch_size=24", "schedule.total=1 steps", f"data.val_shards={held_out}"]) == 0
-    )
-    assert "use scaler eval knn" in capfd.readouterr().out
+    words = [str(path), "run.stop_after=2 steps"]
+    assert main([*words, "data.val_shards=null", "checkpoint.keep_best=true"]) == 0
+    assert "keep_best is set, without effect: data.val_shards names no images" in capfd.readouterr().out
+    assert main([*words, "evaluate.k=3", "run.stop_after=3 steps"]) == 0, "an evaluation may change on the way"
+    assert "evaluate.k is set, without effect: supervised is scored by its own classifier" in capfd.readouterr().out
+    make_image_folder(tmp_path / "flat", num_images=5, classes=0, size=32, format="png", seed=3)
+    convert(tmp_path / "flat", tmp_path / "flat_shards", workers=1)
+    assert main([*words, f"data.val_shards={tmp_path / 'flat_shards'}"]) == 1
+    assert "has no labels, and only labelled images can be scored" in capfd.readouterr().err
 
 
 def test_a_run_of_stages_is_the_same_in_parts(shards, tmp_path, capfd):
