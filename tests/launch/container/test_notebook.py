@@ -71,6 +71,7 @@ def test_the_right_token_opens_it(server: tuple[Container, Service]) -> None:
         assert answer.status == 200 and json.loads(answer.body)["kernels"] == 0
     session = login(box)
     assert ask(box, "/lab", Cookie=cookie(session)).status == 200
+    assert ask(box, "/api/contents/first_run.ipynb", Cookie=cookie(session)).status == 200, "the shipped notebook"
     (identity,) = (line for line in session.attributes if line.startswith("username-"))
     assert "HttpOnly" in identity and "SameSite=Strict" in identity
 
