@@ -321,7 +321,7 @@ def _environment(runs: list[RunRecord]) -> str:
     for run in runs:
         report = {key: value for key, value in run.report.items() if key != "memory_bytes_by_rank"}
         memory = report.pop("memory_bytes", None)
-        flat = dict(flatten(report))
+        flat = {key.removeprefix("environment."): value for key, value in flatten(report)}
         if isinstance(memory, dict):
             flat |= {f"memory of {part}": f"{size / 2**20:,.1f} MiB" for part, size in memory.items()}
         if flat:
@@ -334,7 +334,7 @@ def _compared(facts: dict[str, dict[str, Any]], *, only_different: bool) -> str:
     keys = list(dict.fromkeys(key for one in facts.values() for key in one))
     rows = []
     for key in keys:
-        values = [_word(one[key]) if key in one else "–" for one in facts.values()]
+        values = [_exact(one[key]) if key in one else "–" for one in facts.values()]
         differs = len(set(values)) > 1
         if only_different and not differs:
             continue
@@ -369,11 +369,11 @@ def _rejected(runs: list[RunRecord]) -> str:
     for run in runs:
         if not run.rejected:
             continue
-        distinct = {row.get("id"): row for row in reversed(run.rejected)}
+        distinct = {row.get("id"): row for row in reversed(run.rejected)}  # as each was met first
         reasons = Counter(str(row.get("reason")) for row in distinct.values())
         why = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(5))
         rows = []
-        for row in list(reversed(distinct.values()))[:_MOST_SAMPLES]:
+        for row in sorted(distinct.values(), key=_met)[:_MOST_SAMPLES]:
             values = (row.get(key, "") for key in ("step", "key", "shard", "reason", "replacement_key"))
             rows.append("<tr>" + "".join(f'<td class="value">{html.escape(str(v))}</td>' for v in values) + "</tr>")
         more = f"<p>… and {len(distinct) - len(rows)} more</p>" if len(distinct) > len(rows) else ""
@@ -474,14 +474,18 @@ def _number(value: float | None, pattern: str) -> str:
     return "" if value is None else pattern.format(value)
 
 
+def _met(row: dict[str, Any]) -> int:
+    """The step that met a rejected sample."""
+    step = row.get("step")
+    return step if isinstance(step, int) else 0
+
+
 def _word(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    return f"{value:.4g}" if isinstance(value, float) else _exact(value)
+
+
+def _exact(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _scores(scores: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_word(value)}" for name, value in scores.items())
 
 
 def _progress(run: RunRecord) -> str:
@@ -491,8 +495,9 @@ def _progress(run: RunRecord) -> str:
 
 
 def _best(run: RunRecord) -> str:
-    scores = {name.removeprefix("val/"): value for name, value in run.best.items() if name != "step"}
-    return f"{_scores(scores)} (step {run.best.get('step')})" if scores else ""
+    scores = {name: run.best[f"val/{name}"] for name in _SCORES if f"val/{name}" in run.best}
+    words = ", ".join(f"{name} {_word(value)}" for name, value in scores.items())
+    return f"{words} (step {run.best.get('step')})" if scores else ""
 
 
 def _largest(run: RunRecord, name: str) -> float | None:
