@@ -113,7 +113,10 @@ def container(built: list[Path] | None = None) -> Iterator[Container]:
     """
     if built is None and (reason := install(_PROGRAMS)) is not None:
         pytest.skip(reason)
-    with root_over(built or [Path("/")]) as root:
+    # An overlay over / does not show what other disks hold.
+    ours = () if built else (ROOT, Path(sys.prefix), Path(sys.base_prefix))
+    mounted = [path for path in ours if path.stat().st_dev != Path("/").stat().st_dev]
+    with root_over(built or [Path("/")], mounted=mounted) as root:
         user = _USER_ID if built else dress(root)
         root.freeze("/home/scaler", "/runs")
         yield Container(root, user)

@@ -33,7 +33,8 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The tree below may hold the folder for what is written above it, which overlayfs forbids: that is a tmpfs then.
 _START = """
 set -e
-place=$1 lower=$2 upper=$3
+place=$1 lower=$2 upper=$3 outer=$4
+shift 4
 mount -t tmpfs -o mode=755 tmpfs "$place"
 if [ -z "$upper" ]; then upper=$place; fi
 mkdir -p "$upper/upper" "$upper/work" "$place/root"
@@ -50,10 +51,14 @@ ln -s /proc/self/fd dev/fd
 mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=1777 tmpfs tmp
 mount -t tmpfs -o mode=755 tmpfs run
-if [ "$4" = apart ]; then
+for folder in "$@"; do
+    mkdir -p "./$folder"
+    mount --bind -o ro "$folder" "./$folder"
+done
+if [ -n "$outer" ]; then
     ip link set lo up
     ip link add outer type veth peer name other
-    ip address add "$5/24" dev outer
+    ip address add "$outer/24" dev outer
     ip link set outer up
 fi
 echo ready
@@ -125,7 +130,9 @@ class Root:
 
 
 @contextlib.contextmanager
-def root_over(lower: Sequence[Path], *, upper: Path | None = None, network: bool = False) -> Iterator[Root]:
+def root_over(
+    lower: Sequence[Path], *, upper: Path | None = None, network: bool = False, mounted: Sequence[Path] = ()
+) -> Iterator[Root]:
     """A root over the trees of `lower`, the first one on top.
 
     Skips the test, with the reason, where that cannot be done.
@@ -134,6 +141,7 @@ def root_over(lower: Sequence[Path], *, upper: Path | None = None, network: bool
         lower: trees, which stay as they are.
         upper: folder for what is written, in its `upper`; None: it is thrown away.
         network: the machine's own network, for building; otherwise one apart.
+        mounted: folders of the machine to be seen at the same place, read-only.
     """
     if os.geteuid() != 0:
         pytest.skip("root file systems of our own need root")
@@ -142,21 +150,9 @@ def root_over(lower: Sequence[Path], *, upper: Path | None = None, network: bool
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="root-")))
         apart = [] if network else ["--net"]
-        start = [
-            "unshare",
-            "--mount",
-            "--pid",
-            "--uts",
-            "--ipc",
-            *apart,
-            "--fork",
-            "--kill-child",
-            "sh",
-            "-c",
-            _START,
-            "sh",
-        ]
-        start += [str(place), ":".join(map(str, lower)), str(upper or ""), "machine" if network else "apart", OUTER]
+        start = ["unshare", "--mount", "--pid", "--uts", "--ipc", *apart, "--fork", "--kill-child"]
+        start += ["sh", "-c", _START, "sh", str(place), ":".join(map(str, lower)), str(upper or "")]
+        start += [OUTER if apart else "", *map(str, mounted)]
         holder = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *start],
             stdout=subprocess.PIPE,
