@@ -221,3 +221,27 @@ def test_a_view_drawn_as_another_has_its_boxes_at_its_own_size() -> None:
         assert difference(a, b)[0] < 2
     own = decode.decode_views(data, views=[replace(large, drawn_as="")], seed=1, epoch=2, sample_id=3)
     assert not torch.equal(own["b"], views["b"])
+
+
+@pytest.mark.parametrize("view", [View("v", 24, count=5), View("c", 24, kind="center", crop_fraction=0.8)])
+def test_boxes_are_where_views_are_cut(view: View) -> None:
+    """In the picture as shown: it is stored on its side."""
+    pixels = make_pixels(60, 90, seed=3)
+    data = encode(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90), "PNG", exif=orientation(6))
+    boxes = decode.boxes(view, decode.inspect(data, max_pixels=10**6), seed=1, epoch=2, sample_id=3)
+    cut = decode.decode_views(data, views=[view], seed=1, epoch=2, sample_id=3)[view.name]
+    assert len(boxes) == view.count
+    for box, got in zip(boxes, cut, strict=True):
+        area = (box.left, box.top, box.left + box.width, box.top + box.height)
+        shape = (box.resized_width, box.resized_height)
+        whole = Image.fromarray(pixels).resize(shape, Image.Resampling.BICUBIC, box=area)
+        part = np.asarray(whole)[box.offset_y : box.offset_y + 24, box.offset_x : box.offset_x + 24]
+        exact = torch.from_numpy((part[:, ::-1] if box.flip else part).copy()).permute(2, 0, 1)
+        assert difference(got, exact)[0] < 0.5
+
+
+def orientation(value: int) -> bytes:
+    """An EXIF block that says how the picture is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()
