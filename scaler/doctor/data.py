@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scaler.doctor.finding import Finding, counted, first_line
+from shards.places import without_secrets
 
 _READ_SECONDS, _DECODE_SECONDS = 1.0, 1.5
 _CHUNK = 4 << 20  # bytes read at a time
@@ -29,9 +30,9 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     from scaler.recipe import Data
     from shards.index import ShardIndex
     from shards.indexing import sorted_by_class
-    from shards.places import without_secrets
 
     place = asked["shards"]
+    os.environ.setdefault("SCALER_REMOTE_SECONDS", "5")  # a training has more patience with a store
     if asked["elsewhere"] and "://" not in place and not os.path.exists(place):
         yield Finding("ok", "shards", f"{place} is not on this machine: how fast it is was not measured")
         return
@@ -41,16 +42,20 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     except ValueError as error:
         yield _no_index(place, error)
         return
-    if isinstance(index.shards_at, Path) and (finding := _missing(index)):
+    here = isinstance(index.shards_at, Path)
+    if here and (finding := _missing(index)):
         yield finding
         return
     facts = {"samples": index.num_samples, "shards": len(index.shard_names), "bytes": index.num_bytes}
-    found = f"{without_secrets(place)}: {counted(index.num_samples, 'image')} in {counted(facts['shards'], 'shard')}"
+    found = (
+        f"{without_secrets(place)}: {counted(index.num_samples, 'image')} in {counted(facts['shards'], 'shard')}"
+        + ", all there" * here
+    )
     if advice := sorted_by_class(index):
         yield Finding("warning", "shards", f"{found}; {advice}", facts=facts)
     else:
-        yield Finding("ok", "shards", f"{found}, all there", facts=facts)
-    if isinstance(index.shards_at, Path):
+        yield Finding("ok", "shards", found, facts=facts)
+    if here:
         yield _read_rate(index)
     try:
         import torch  # noqa: F401
@@ -64,8 +69,11 @@ def _no_index(place: str, error: ValueError) -> Finding:
     """Why there is no index to read: the folder is not there, holds none, or may not be read by this user."""
     folder = Path(place)
     if "://" in place:
-        found, _, fix = first_line(error).partition("; ")
-        return Finding("error", "shards", found, fix)
+        shown, (found, _, advice) = without_secrets(place), first_line(error).partition(": ")
+        if advice.startswith("make shards"):
+            return Finding("error", "shards", found, advice)
+        fix = f"curl -I {shown}/index.json says whether it can be reached from here"
+        return Finding("error", "shards", f"{found}: {advice}", fix)
     if isinstance(error.__cause__, PermissionError):
         found = f"{pwd.getpwuid(os.geteuid()).pw_name} may not read {place} ({_mode(folder)})"
         return Finding("error", "shards", found, f"chmod -R a+rX {place}, as who owns it")
@@ -158,7 +166,7 @@ def _decode_rate(index: Any, *, views: Sequence[dict[str, Any]], cores: int) -> 
                 break
         rate = done / (time.process_time() - started)
     facts = {"images_per_cpu_second": rate, "undecodable": bad, "looked_at": done}
-    cut_to = " and ".join(f"{view.count} of {view.size} px" for view in cuts)
+    cut_to = ", ".join(f"{view.count} of {view.size} px" for view in cuts)
     found = f"{rate:.0f} images per CPU-second, each cut to {cut_to}: at most {rate * cores:.0f}/s on {cores} cores"
     if bad:
         found += f"; {bad} of {done} cannot be decoded, as {first}"

@@ -14,7 +14,7 @@ from launch.check import look
 from launch.probe import cores, gpus
 from scaler.doctor.checks import run_check
 from scaler.doctor.finding import Finding
-from scaler.doctor.needs import Needs
+from scaler.doctor.needs import Needs, local_folder
 from scaler.recipe import StrategySettings
 
 _MEETING_SECONDS = 180  # the first process of a machine comes to the meeting when it has looked at that
@@ -103,5 +103,11 @@ def _facts(findings: Sequence[Finding], *, shards: str | None, run_dir: str | No
     for finding in findings:
         if finding.check == "recipe" and finding.facts:
             return finding.facts
-    folders = [run_dir or "runs"]
-    return {"shards": shards, "folders": folders, "data": shards, "views": [], "cache_dir": None}
+    folder = local_folder(run_dir or "runs")
+    return {
+        "shards": local_folder(shards) if shards else None,
+        "folders": [folder] if folder else [],
+        "data": shards,
+        "views": [],
+        "cache_dir": None,
+    }

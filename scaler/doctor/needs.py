@@ -44,14 +44,16 @@ class Needs:
             processes: that train on a machine.
         """
         data, saved, checkpoints = recipe.data, recipe.checkpoint, recipe.checkpoint.dir or recipe.run.dir
-        shards = _local(data.shards) if data.reader == "indexed" else None
+        shards = local_folder(data.shards) if data.reader == "indexed" else None
         why = "" if shards else "a stream" if data.reader == "stream" else "remote"
         at_a_time = _READY * data.num_workers + _HELD if data.num_workers else 0
         return cls(
             shards=shards,
             unchecked=f"data.shards on the hosts, since {without_secrets(data.shards)} is {why}" if why else "",
-            folders=tuple(sorted({place for folder in (recipe.run.dir, checkpoints) if (place := _local(folder))})),
-            checkpoints=_local(checkpoints),
+            folders=tuple(
+                sorted({place for folder in (recipe.run.dir, checkpoints) if (place := local_folder(folder))})
+            ),
+            checkpoints=local_folder(checkpoints),
             checkpoint_bytes=checkpoint_bytes,
             num_checkpoints=saved.keep_last + 1 + (saved.keep_best and data.val_shards is not None),
             loader_processes=data.num_workers * processes,
@@ -59,6 +61,6 @@ class Needs:
         )
 
 
-def _local(path: str) -> str | None:
+def local_folder(path: str) -> str | None:
     """`path` unless it is a URL."""
     return None if "://" in path else path
