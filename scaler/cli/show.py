@@ -152,7 +152,7 @@ def neighbours(
 def embedding(
     source: Source,
     images: Images,
-    num: Annotated[int, typer.Option(min=1, help="Images, evenly spread.")] = 400,
+    num: Annotated[int, typer.Option(min=1, max=2000, help="Images, evenly spread.")] = 400,
     crop_fraction: CropFraction = 0.875,
     image_size: ImageSize = None,
     backbone: Backbone = None,

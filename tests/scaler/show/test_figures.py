@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from scaler.show import figures
 from scaler.show.figures import demo_figure, embedding_picture, loss_curves
 from scaler.show.projections import plane, principal_components
 
@@ -40,8 +41,8 @@ def test_missing_components_are_zero() -> None:
 
 def test_neighbours_stay_neighbours_in_the_plane() -> None:
     """Ten clusters in forty dimensions, of which two principal components cannot tell more than three apart."""
-    labels = torch.arange(300) % 10
-    noise = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 10
+    noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
     features = torch.nn.functional.one_hot(labels, 40).float() + 0.1 * noise
     points = plane(features)
     nearest = torch.cdist(points, points).fill_diagonal_(math.inf).argmin(dim=1)
@@ -65,14 +66,15 @@ def test_a_run_without_rows_says_so(tmp_path: Path) -> None:
         loss_curves(Figure().subplots(), {"a": write_metrics(tmp_path / "a", [])})
 
 
-def test_embedding_picture_shows_each_class_in_its_colour() -> None:
+def test_embedding_picture_shows_each_class_in_its_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_MAX_POINTS", 150)
     axes = Figure().subplots()
-    labels = torch.arange(9000) % 3
-    features = torch.nn.functional.one_hot(labels, 3).float() + 0.01 * torch.randn(9000, 3)
+    labels = torch.arange(900) % 3
+    features = torch.nn.functional.one_hot(labels, 3).float() + 0.01 * torch.randn(900, 3)
     embedding_picture(axes, features, labels)
     groups = axes.collections
     assert len(groups) == 3 and len({tuple(group.get_facecolor()[0]) for group in groups}) == 3
-    assert sum(len(group.get_offsets()) for group in groups) == 1000
+    assert sum(len(group.get_offsets()) for group in groups) == 150
     centers = [np.asarray(group.get_offsets()).mean(axis=0) for group in groups]
     spread = max(np.asarray(group.get_offsets()).std() for group in groups)
     assert min(np.linalg.norm(centers[i] - centers[i - 1]) for i in range(3)) > spread
