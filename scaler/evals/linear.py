@@ -139,7 +139,7 @@ class _Samples:
         ids, labels = (torch.cat(column) for column in zip(*facts, strict=True))
         self.labels = labels[ids.argsort()]
         self.rows = torch.full((len(ids),), -1, dtype=torch.int64)  # of `part`, by position
-        self.rows[torch.searchsorted(ids.sort().values, part.ids.cpu())] = torch.arange(len(part.ids))
+        self.rows[torch.searchsorted(ids.sort().values, part.ids.cpu().contiguous())] = torch.arange(len(part.ids))
         self.part, self.world, self.device = part, world, device
 
     def own(self, positions: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class _Heads:
                 continue  # more ranks than rates: this one only lends its features
             errors = []
             for columns, weight, bias in zip(self.inputs.values(), self.weights, self.biases, strict=True):
-                scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(-1, *bias.shape)
+                scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(len(x), *bias.shape)
                 error = scores.softmax(dim=2).div_(len(x))  # [b, r, c]
                 error[torch.arange(len(x)), :, labels] -= 1 / len(x)
                 errors.append(error)
@@ -222,7 +222,7 @@ class _Heads:
         """Of each input and rate, [inputs, r, 3]: hits at the first and among the first five, and the loss, summed."""
         x, out = self._standardised(features), []
         for columns, weight, bias in zip(self.inputs.values(), self.weights, self.biases, strict=True):
-            scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(-1, *bias.shape)
+            scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(len(x), *bias.shape)
             hits = scores.topk(min(5, scores.shape[2]), dim=2).indices == labels[:, None, None]
             losses = -F.log_softmax(scores, dim=2)[torch.arange(len(x)), :, labels]
             facts = [hits[:, :, 0], hits.any(dim=2), losses]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import normalize
 
 from scaler.collectives import World
-from scaler.evals.features import extract_features
+from scaler.evals.features import Extraction, extract_features, extract_part
+from scaler.evals.store import FeatureStore, Kept
 from shards.convert import convert
 from shards.decode import DEFAULT_MAX_PIXELS, View, decode_views
 from shards.index import ShardIndex
-from tests.distributed.helper import run_distributed
 from tests.images import make_image_folder
 
 VIEW = View("eval", size=24, kind="center")
@@ -78,13 +77,48 @@ def test_every_sample_once_in_index_order(folder: Path, batch_size: int, num_wor
     assert got[1].dtype == torch.int64 and torch.equal(got[1], labels)
 
 
-def test_ranks_share_the_work_and_all_get_everything(folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        features, labels = extract(World(), str(folder / "shards"), 5, 0)
-    for got in run_distributed(extract, 2, str(folder / "shards"), 5, 0):
-        torch.testing.assert_close(got[0], features, rtol=1e-6, atol=1e-6)
-        assert torch.equal(got[1], labels)
+def test_an_interrupted_extraction_goes_on_where_it_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk; what is complete or damaged on the disk is seen, and so is what could not be decoded then."""
+    monkeypatch.setattr("scaler.evals.store.CHUNK", 4)
+    features, labels, broken = expected(folder)
+    index = ShardIndex.load(folder / "shards")
+    seen: list[int] = []
+
+    def interrupted(images: Tensor) -> Tensor:
+        if sum(seen) + len(images) > stop:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return patches(images)
+
+    def extracted(facts: str = "a") -> Extraction:
+        store = FeatureStore(Kept(tmp_path), {"weights": facts})
+        options = {"view": VIEW, "batch_size": 3, "num_workers": 0, "device": "cpu", "world": World()}
+        return extract_part(interrupted, index, store=store, **options)
+
+    stop = 12
+    with pytest.raises(KeyboardInterrupt):
+        extracted()
+    stop, seen[:] = 10**6, []
+    with pytest.warns(UserWarning, match="1 of 23 samples"):
+        found = extracted()
+    assert (found.images, found.num_samples) == (23 - 12, 23) and found.images_per_second > 0
+    seen.clear()
+    with pytest.warns(UserWarning, match="1 of 23 samples"):
+        again = extracted()
+    assert not seen and again.images == 0 and again.images_per_second is None
+    for part in (found.part, again.part):
+        assert part.ids.tolist() == [i for i in range(23) if i != broken]
+        assert torch.equal(part.labels, labels)
+        torch.testing.assert_close(part.features, features, rtol=1e-5, atol=1e-5)
+
+    chunks = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(chunks) == 6 and not list(tmp_path.rglob("*.tmp*"))
+    chunks[2].write_bytes(chunks[2].read_bytes()[:-5])
+    with pytest.warns(UserWarning, match="1 of 23 samples"):
+        assert extracted().images == 4, "of the damaged chunk alone"
+        assert extracted("b").images == 23, "of other weights"
 
 
 def test_shards_without_labels_give_minus_one(tmp_path: Path) -> None:

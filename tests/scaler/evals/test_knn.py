@@ -15,7 +15,6 @@ from torch import Tensor
 from scaler.collectives import World
 from scaler.evals.features import Part
 from scaler.evals.knn import knn_accuracy, knn_scores, nearest, neighbours, votes
-from tests.distributed.helper import run_distributed
 
 
 def make(seed: int, n: int, m: int, dim: int, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,19 +111,8 @@ def close_together(seed: int, n: int) -> tuple[Part, Part]:
     return Part(torch.arange(n), labels, train + offset), Part(torch.arange(90), truth, test + offset)
 
 
-def part_of(whole: Part, rank: int) -> Part:
-    """Every third row, but the first rank has only one and the last but one none of them."""
-    rows = {0: slice(0, 1), 1: slice(0, 0), 2: slice(1, None, 2), 3: slice(2, None, 2)}[rank]
-    return Part(*(tensor[rows] for tensor in whole))
-
-
-def on_ranks(world: World, train: Part, test: Part) -> tuple[Part, Tensor, dict[int, dict[str, float]]]:
-    own = part_of(train, world.rank), part_of(test, 3 - world.rank)
-    found = torch.cat([votes(*row, 0.07, 7) for row in neighbours(*own, k=20, world=world, block=(32, 50))])
-    return own[1], found.argmax(dim=1), knn_scores(*own, ks=[20, 1, 5], num_classes=7, world=world)
-
-
-def test_predictions_are_those_of_scikit_learn_on_one_rank_and_on_four() -> None:
+def test_predictions_are_those_of_scikit_learn() -> None:
+    """On any number of ranks: test_ranks.py."""
     train, test = close_together(seed=5, n=400)
     (found,) = (
         torch.cat(pair) for pair in [[votes(*r, 0.07, 7) for r in neighbours(train, test, k=20, world=World())]]
@@ -136,12 +124,6 @@ def test_predictions_are_those_of_scikit_learn_on_one_rank_and_on_four() -> None
     for k, scores in alone.items():
         assert scores["top1"] == np.mean(np.array(scikit_learn(train, test, k, 0.07)) == test.labels.numpy())
     assert 0.2 < alone[1]["top1"] < alone[20]["top1"] < 1
-
-    predicted: dict[int, int] = {}
-    for part, classes, scores in run_distributed(on_ranks, 4, train, test):
-        assert scores == alone
-        predicted |= dict(zip(part.ids.tolist(), classes.tolist(), strict=True))
-    assert [predicted[i] for i in range(90)] == expected
 
 
 def test_no_sample_votes_on_itself_when_left_out() -> None:
