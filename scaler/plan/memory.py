@@ -22,7 +22,7 @@ from scaler.strategies.base import DTYPES
 from scaler.strategies.deepspeed_config import merged_config
 
 _FP32 = 4  # bytes: weights, gradients and optimiser states are kept in fp32 under every strategy
-_LIVE = 1_000_000_000  # elements that ZeRO-3 leaves gathered (DeepSpeed's stage3_max_live_parameters)
+LIVE = 1_000_000_000  # elements that ZeRO-3 leaves gathered (DeepSpeed's stage3_max_live_parameters)
 _AHEAD = 50_000_000  # elements that it gathers ahead of need (its stage3_prefetch_bucket_size)
 
 Sides = tuple[dict[str, int], Iterator["_Moment"]]  # what is always there, and the candidates for the fullest moment
@@ -161,33 +161,47 @@ def _fsdp2(model: Model, trace: Trace, setup: Setup) -> Sides:
 
 
 def _zero12(model: Model, trace: Trace, setup: Setup) -> Sides:
-    """Whole parameters in flat groups, fp32 masters and optimiser state of a part; gradients travel in buckets.
+    """Whole parameters in flat groups, fp32 masters and optimiser state of a part; gradients travel in buckets, made
+    when the first gradient is there.
 
-    Stage 1 keeps whole gradients until the backward is over; stage 2 reduces every micro-batch's, and keeps the sum of
-    its part beside the newest.
+    Stage 1 keeps whole gradients until the last backward is over, and its buckets from the first one on; stage 2
+    reduces every micro-batch's and keeps those of its part.
     """
     stage, ranks, accumulates = int(setup.settings.name[-1]), setup.ranks, setup.num_micro_batches > 1
-    part = _FP32 * sum(-(-model.count(group) // ranks) for group in model.groups)
     held = _held(model, lambda w: w.numel, lambda w: w.part(ranks))
-    held["parameters"] += part
-    bucket = _bucket(model, setup)
-    early = _FP32 * model.count_of(trace.early) if stage == 1 else 2 * part * accumulates
+    held["parameters"] += _FP32 * sum(-(-model.count(group) // ranks) for group in model.groups)
+    bucket, part = _bucket(model, setup), _FP32 * _touched(model, ranks)
+    early = _FP32 * model.count_of(trace.early) if stage == 1 else part * accumulates
     flat = _FP32 * max(-(-model.count(group) // ranks) for group in model.groups)
 
     def moments() -> Iterator[_Moment]:
         yield _Moment("observe", 0, trace.observe - trace.kept)
-        yield _Moment("forward", early, trace.forward)
         made = filled = 0
+        buffers = bucket if stage == 1 and accumulates else 0
+        yield _Moment("forward", early, trace.forward, 0, buffers)
         for segment in trace.backward:
-            kept = made if stage == 1 else part if filled > bucket else 0
-            yield _Moment("backward", early + kept, segment.peak, 0, bucket)
-            size = _FP32 * model.weights[segment.parameter].numel
+            kept = made if stage == 1 else part if filled > bucket and not accumulates else 0
+            yield _Moment("backward", early + kept, segment.peak, 0, buffers)
+            buffers, size = bucket, _FP32 * model.weights[segment.parameter].numel
             filled += size
             made += 0 if segment.parameter in trace.early else size
-        yield _Moment("reduction", part + early * (stage == 2), 0, 0, bucket + part * (stage == 2))
+        yield _Moment("reduction", part * (stage + accumulates * (stage - 1)), 0, 0, bucket)
         yield _Moment("update", part, buffers=flat + _update(model, setup, lambda w: w.part(ranks)))
 
     return held, moments()
+
+
+def _touched(model: Model, ranks: int) -> int:
+    """Elements of all parameters that have some of theirs in the part of the rank on which these are most: DeepSpeed
+    keeps their gradients whole."""
+    totals = [0] * ranks
+    for group in model.groups:
+        width, start = -(-model.count(group) // ranks), 0
+        for weight in group:
+            for rank in range(start // width, (start + weight.numel - 1) // width + 1):
+                totals[rank] += weight.numel
+            start += weight.numel
+    return max(totals)
 
 
 def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
@@ -197,7 +211,7 @@ def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
     part = _FP32 * sum(w.part(ranks) for w in model.trained)
     held = _held(model, lambda w: w.part(ranks), lambda w: w.part(ranks))
     bucket, total = _bucket(model, setup), model.count(model.weights.values())
-    live, ahead = _FP32 * min(total, _LIVE), _FP32 * min(total, _AHEAD)
+    live, ahead = _FP32 * min(total, LIVE), _FP32 * min(total, _AHEAD)
     if trace.observe:
         live, before_forward = _FP32 * max(w.numel for w in model.weights.values()), 0
     else:
@@ -206,7 +220,7 @@ def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
 
     def moments() -> Iterator[_Moment]:
         if trace.observe:
-            yield _Moment("observe", part, trace.observe - trace.kept, ahead, bucket + ahead)
+            yield _Moment("observe", part, trace.observe - trace.kept, ahead, bucket)
         yield _Moment("forward", part, trace.forward, live + before_forward, bucket)
         for segment in trace.backward:
             yield _Moment("backward", part, segment.peak, live, bucket)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from scaler.plan.memory import Setup
+from scaler.plan.memory import LIVE, Setup
 from scaler.plan.model import ROOT, Model
 from scaler.plan.trace import Trace
 from scaler.strategies.base import DTYPES
@@ -53,9 +53,10 @@ def traffic_of(name: str, model: Model, trace: Trace, setup: Setup) -> Traffic:
     if name in ("zero1", "zero2"):
         reduced = trained if name == "zero1" else all_gradients
         return Traffic(everywhere=_ring(2 * _gradient_size(setup) * reduced + _FP32 * trained, n))
-    passes = _passes(trace, model, count, again=setup.settings.reshard_after_forward or name == "zero3")
+    keeps = name == "zero3" and not trace.observe and model.count(model.weights.values()) <= LIVE
+    passes = _passes(trace, model, count, again=not keeps and (name == "zero3" or setup.settings.reshard_after_forward))
     if name == "zero3":
-        passes[ROOT] = count * (2 + bool(trace.observe))
+        passes[ROOT] = count * (1 if keeps else 2 + bool(trace.observe))
         gathered = sum(passes[unit] * size for unit, size in model.units.items())
         return Traffic(everywhere=_ring(_FP32 * gathered + _gradient_size(setup) * all_gradients, n))
     passes[ROOT] = count

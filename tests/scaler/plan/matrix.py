@@ -16,7 +16,7 @@ import torch
 from scaler.collectives import World
 from scaler.layout import Layout
 from scaler.plan.measure import measure_step
-from scaler.plan.planner import predict
+from scaler.plan.planner import Prediction, predict
 from scaler.recipe import Recipe, load_recipe
 from scaler.strategies import STRATEGIES
 from scaler.strategies.launcher import resolve_strategy
@@ -25,7 +25,8 @@ from tests.distributed.helper import run_distributed
 FP32 = "strategy.precision=fp32"
 SIMCLR = ("data.image_size=96", FP32)  # small images, since a CPU computes them
 DINOV2 = ("data.image_size=96", "method.local_size=48", "method.group_size=2", "method.num_prototypes=8192", FP32)
-CASES: dict[str, tuple[str, Layout, Sequence[str]]] = {
+Case = tuple[str, Layout, Sequence[str]]  # recipe, layout, overrides
+CASES: dict[str, Case] = {
     "SimCLR, ViT-S/16": ("simclr/vits16_in1k", Layout(2, 8, 1), SIMCLR),
     "SimCLR, ViT-B/16": ("simclr/vitb16_in1k", Layout(2, 4, 1), SIMCLR),
     "DINOv2, ViT-S/16": ("dinov2/vits16_in1k", Layout(2, 4, 1), DINOV2),
@@ -52,16 +53,27 @@ def measure(world: World, name: str, layout: Layout, overrides: Sequence[str], s
     return found
 
 
+def measure_all(world: World, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Every strategy on each case, in one process."""
+    names = tuple(STRATEGIES)
+    return [dict(zip(names, measure(world, *case, names), strict=True)) for case in cases]
+
+
+def plan_all(
+    name: str, layout: Layout, overrides: Sequence[str], strategies: Sequence[str] = tuple(STRATEGIES)
+) -> list[Prediction]:
+    """What is planned for each strategy."""
+    recipes = [recipe_of(name, layout, overrides, strategy) for strategy in strategies]
+    return [predict(recipe, resolve_strategy(recipe.strategy), layout, device="cpu") for recipe in recipes]
+
+
 def compare(
     name: str, layout: Layout, overrides: Sequence[str], strategies: Sequence[str] = tuple(STRATEGIES)
-) -> dict[str, tuple[Any, dict[str, Any]]]:
+) -> dict[str, tuple[Prediction, dict[str, Any]]]:
     """Strategy → what was planned and what was measured."""
     measured = run_distributed(measure, layout.ranks, name, layout, overrides, strategies, timeout=1500)[0]
-    found = {}
-    for strategy, real in zip(strategies, measured, strict=True):
-        recipe = recipe_of(name, layout, overrides, strategy)
-        found[strategy] = predict(recipe, resolve_strategy(recipe.strategy), layout, device="cpu"), real
-    return found
+    planned = plan_all(name, layout, overrides, strategies)
+    return dict(zip(strategies, zip(planned, measured, strict=True), strict=True))
 
 
 def main() -> None:
