@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import yaml
 
-from scaler.checkpoint import read_manifest, resolve_checkpoint
-from scaler.export.encoder import Encoder
+from scaler.export.encoder import Encoder, find_origin
 from scaler.show.runs import RunRecord, read_run
-from scaler.weights import FILES, is_timm, timm_config
-from shards.places import locate
 
 # Columns of the metrics that tell of the model (others tell of the machine), and entries of an evaluation.
 _LOGGED = ("loss", "val/", "accuracy")
@@ -46,7 +43,7 @@ def card(encoder: Encoder, *, source: str, place: str, report: Mapping[str, Any]
         report: of the export, see `scaler.export.export`.
         license: of the weights; None: not stated.
     """
-    manifest, run_dir = _origin(source)
+    manifest, run_dir = find_origin(source)
     header = {
         "library_name": "timm",
         "pipeline_tag": "image-classification" if encoder.num_classes else "image-feature-extraction",
@@ -72,15 +69,6 @@ def card(encoder: Encoder, *, source: str, place: str, report: Mapping[str, Any]
         _recipe(manifest["recipe"]) if manifest else "",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _origin(source: str) -> tuple[dict[str, Any] | None, Path | None]:
-    """The checkpoint's manifest and its run directory, as far as the source has them."""
-    if is_timm(source) or source.endswith(FILES) or timm_config(locate(source)) is not None:
-        return None, None
-    checkpoint = resolve_checkpoint(source)
-    folders = [place for place in (locate(source), checkpoint.parent.parent) if isinstance(place, Path)]
-    return read_manifest(checkpoint), next((f for f in folders if (f / "recipe.yaml").is_file()), None)
 
 
 def _what(encoder: Encoder, manifest: Mapping[str, Any] | None, *, part: str) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from scaler.checkpoint import read_manifest, resolve_checkpoint
 from scaler.evals.checkpoints import EvaluationModel
 from scaler.methods.base import Method
 from scaler.nn.backbones import Backbone, TimmBackbone, set_small_stem_
 from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Normalization
 from scaler.weights import FILES, is_timm, timm_config
+from shards.index import INDEX_NAME, ShardIndex
 from shards.places import locate
 
 Part = Literal["evaluated", "student"]
@@ -49,7 +52,7 @@ class Encoder:
         model: that model, with the weights, in evaluation mode, float32 on the CPU.
         image_size: pixels of the images that it is for, and `normalization` their mean and deviation.
         patch_size: of a ViT.
-        num_classes: of its classifier; 0: none.
+        num_classes: of its classifier; 0: none. `class_names` are empty where nobody knows them any more.
         reference: what the source gives for images [n, 3, h, w], as `PlainEncoder` does.
     """
 
@@ -61,6 +64,7 @@ class Encoder:
     normalization: Normalization
     patch_size: int | None
     num_classes: int
+    class_names: tuple[str, ...]
     reference: Callable[[Tensor], tuple[Tensor, ...]]
 
     @property
@@ -125,8 +129,29 @@ def take_encoder(
         normalization=method.normalization,
         patch_size=trained.patch_size,
         num_classes=num_classes,
+        class_names=_class_names(source, num_classes=num_classes),
         reference=reference,
     )
+
+
+def find_origin(source: str) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint's manifest and its run directory, as far as a source has them."""
+    if is_timm(source) or source.endswith(FILES) or timm_config(locate(source)) is not None:
+        return None, None
+    checkpoint = resolve_checkpoint(source)
+    folders = [place for place in (locate(source), checkpoint.parent.parent) if isinstance(place, Path)]
+    return read_manifest(checkpoint), next((f for f in folders if (f / "recipe.yaml").is_file()), None)
+
+
+def _class_names(source: str, *, num_classes: int) -> tuple[str, ...]:
+    """Those of the shards that a classifier was trained on, if they are still there; else none."""
+    manifest, _ = find_origin(source)
+    shards = locate(manifest["recipe"]["data"]["shards"]) if manifest and num_classes else None
+    if manifest is None or not isinstance(shards, Path) or not (shards / INDEX_NAME).is_file():
+        return ()
+    index = ShardIndex.load(shards)
+    fits = index.fingerprint == manifest.get("fingerprint") and len(index.class_names) == num_classes
+    return tuple(index.class_names) if fits else ()
 
 
 def _classifier(method: Method, modules: dict[str, nn.Module], *, part: Part) -> nn.Linear | None:

@@ -61,6 +61,7 @@ def write(encoder: Encoder, place: Path, *, dynamic_size: bool) -> None:
             "image_size": str(encoder.image_size),
             "mean": json.dumps(mean),
             "std": json.dumps(std),
+            **({"class_names": json.dumps(encoder.class_names)} if encoder.class_names else {}),
         }
     )
     program.save(place)

@@ -35,7 +35,13 @@ def write(encoder: Encoder, place: Path, *, dynamic_size: bool) -> None:
     for name in ("tag", "url", "hf_hub_id", "test_input_size", "test_crop_pct", "license", "origin_url", "paper_ids"):
         facts.pop(name, None)  # of timm's own weights
     model.pretrained_cfg = facts
-    save_for_hf(model, str(place), model_args=encoder.model_args or None, safe_serialization=True)
+    save_for_hf(
+        model,
+        str(place),
+        model_config={"label_names": list(encoder.class_names)},
+        model_args=encoder.model_args or None,
+        safe_serialization=True,
+    )
     # safetensors writes for its owner alone; an export is for others too.
     (place / "model.safetensors").chmod((place / "config.json").stat().st_mode)
 

@@ -28,6 +28,7 @@ from scaler.nn.backbones import build_backbone
 from scaler.nn.weights import load_backbone_
 from scaler.train import main
 from scaler.weights import read_weights
+from shards.index import ShardIndex
 from tests.long import LONG
 from tests.runs import make_shards, write_recipe
 from tests.scaler.test_cli import scaler
@@ -128,6 +129,16 @@ def test_other_parts(sources: dict[str, Path], tmp_path: Path) -> None:
         wanted = method.average["head"](method.features(images))
         assert report["outputs"] == ["features", "patches", "scores"]
         assert model.num_classes == 5 and (model(images) - wanted).abs().max() < 1e-5
+    names = ShardIndex.load(source.parent / "data" / "shards").class_names
+    assert len(names) == 5 and model.pretrained_cfg["label_names"] == names
+
+    # It is what another training starts from.
+    recipe = write_recipe(tmp_path / "on.yaml", "supervised", shards=source.parent / "data" / "shards")
+    still = ["schedule.total=1 steps", "data.global_batch_size=8", "optim.lr=1e-30", "schedule.final_lr=0"]
+    assert main([str(recipe), f"method.weights={tmp_path / 'scores'}", *still]) == 0
+    assert torch.equal(
+        load_for_evaluation(tmp_path / "on", device="cpu").method.features(images), method.features(images)
+    )
 
     export(str(sources["dinov2"]), tmp_path / "student", part="student")
     dinov2: Any = load_for_evaluation(sources["dinov2"], device="cpu").method
@@ -147,7 +158,10 @@ def test_what_cannot_be_right_is_refused_in_one_line(sources: dict[str, Path], t
     (tmp_path / "taken.onnx").write_text("theirs")
     vit, cnn = sources["patch14"], sources["resnet50"]
     for words, expected in (
-        ([cnn, "x.pth", "--format", "dinov2"], "has plain ViTs only, and resnet50 is none: export it with --format timm"),
+        (
+            [cnn, "x.pth", "--format", "dinov2"],
+            "has plain ViTs only, and resnet50 is none: export it with --format timm",
+        ),
         ([tmp_path / "relu", "x.pth", "--format", "dinov2"], "would give other .* they differ by"),
         ([tmp_path / "stem", "x"], "nobody could load the folder: export it with --format onnx"),
         ([vit, "x.pt", "--format", "torchscript", "--dynamic-size"], "does not run on 1 images of 70 pixels"),
