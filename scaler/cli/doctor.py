@@ -44,13 +44,15 @@ def doctor(
     Under torchrun or accelerate (`torchrun … -m scaler.cli doctor`) the processes also add up tensors together: whether
     the sums are right, and how fast they come. `--quick` is made for the healthcheck of a container.
     """
-    from scaler.doctor.examine import examine
-    from scaler.doctor.finding import worst
+    from scaler.doctor.checks import run_check
+    from scaler.doctor.finding import Finding, first_line, worst
 
     started = time.monotonic()
     if recipe is not None and "=" in recipe:
         raise WrongUse(f"{recipe!r} is no recipe; name one first, as dinov2/vits16_in1k")
     try:
+        from scaler.doctor.examine import examine
+
         findings = examine(
             recipe,
             overrides or [],
@@ -61,6 +63,12 @@ def doctor(
             port=port,
             quick=quick,
         )
+    except ImportError as error:  # not even the recipe's classes: what is missing is known without them
+        found = f"cannot be imported: {first_line(error)}"
+        findings = [
+            *run_check("versions", {}),
+            Finding("error", "scaler", found, "pip install --force-reinstall scaler"),
+        ]
     except ValueError as error:
         raise WrongUse(str(error)) from None
     if os.environ.get("RANK", "0") == "0" or findings[-1].level == "error":  # which the others may not know of

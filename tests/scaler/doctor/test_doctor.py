@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -56,6 +57,15 @@ def test_words_that_cannot_be_right(place: Path) -> None:
     ):
         said = scaler("doctor", *words, "--quick")
         assert (said.returncode, why in said.stderr) == (2, True), said
+
+
+def test_the_doctor_outlives_what_the_rest_cannot_do_without(place: Path) -> None:
+    (place / "yaml").mkdir()
+    (place / "yaml/__init__.py").write_text("raise ImportError('libyaml.so: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": f"{place}:{os.getcwd()}"}
+    said = subprocess.run([*DOCTOR, "--json"], env=environment, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (1, "")
+    expect(problems(said.stdout), {"scaler": ("cannot be imported: libyaml.so", "pip install --force-reinstall")})
 
 
 @only_long
