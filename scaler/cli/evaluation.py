@@ -150,7 +150,7 @@ def classifier(
 # ---------------------------------------------------------------------- what they share
 
 Table = Callable[[dict[str, Any]], None]
-_LET_RANK_0_SPEAK = 3.0  # seconds: most errors strike all ranks
+_LET_RANK_0_SPEAK = 15.0  # seconds: most errors strike all ranks
 
 
 def _options(values: dict[str, Any]) -> dict[str, Any]:
