@@ -50,13 +50,9 @@ def judge(name: str, facts: dict[str, Any], *, job: Job, needs: Needs, any_gpus:
     yield _shared_memory(name, facts["shm"], needs=needs)
     if facts["files"] < _FILES:
         yield warning("open files", f"a process may open {facts['files']} files (ulimit -n)", "ulimit -n 65536")
-    if needs.loader_processes + job.processes > facts["cores"] > 1 and needs.loader_processes:
-        fewer = max(1, facts["cores"] // job.processes - 1)
-        yield warning(
-            "cores",
-            f"{needs.loader_processes} loader processes and {job.processes} that train, on {facts['cores']} cores",
-            f"data.num_workers={fewer}",
-        )
+    if needs.loader_processes > facts["cores"]:
+        found = f"{needs.loader_processes} loader processes on {facts['cores']} cores"
+        yield warning("cores", found, f"data.num_workers={max(1, facts['cores'] // job.processes)}")
     else:
         found = f"{facts['cores']} cores, {facts['files']} open files a process"
         yield ok("cores", found, facts={"cores": facts["cores"]})
@@ -70,16 +66,15 @@ def _disk(name: str, place: dict[str, Any], *, needs: Needs) -> Finding:
         fix = f"free some (du -xh {folder} | sort -h | tail), or change run.dir"
         return finding(level="error", found=f"cannot write to {folder}: {place['error']}", fix=fix)
     if place["error"] is not None:
-        return finding(
-            level="error", found=f"cannot write to {folder}: {place['error']}", fix="change run.dir or its rights"
-        )
+        found = f"cannot write to {folder}: {place['error']}"
+        return finding(level="error", found=found, fix="change run.dir or its rights")
     megabytes = place["bytes"] / 1e6 / place["seconds"]
     found = f"{folder}: {sized(space['free'])} free, written with {megabytes:.0f} MB/s"
-    total, kept = needs.num_checkpoints * needs.checkpoint_bytes, needs.num_checkpoints
     fix = "free some, put them elsewhere (checkpoint.dir), or keep fewer (checkpoint.keep_last=1)"
-    if total and _existing(needs.checkpoints) == folder:
-        found += f"; {kept} checkpoints of {sized(needs.checkpoint_bytes)} take {sized(total)}"
-        if space["free"] < total:
+    if needs.checkpoint_bytes and _existing(needs.checkpoints) == folder:
+        further = max(1, needs.num_checkpoints - place["checkpoints"])  # those that are there will make room
+        found += f"; {further} checkpoints of {sized(needs.checkpoint_bytes)} are to come"
+        if space["free"] < further * needs.checkpoint_bytes:
             return finding(level="error", found=found, fix=fix)
     elif space["free"] < _SPARE_BYTES:
         return finding(level="warning", found=found, fix=fix)

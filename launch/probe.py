@@ -169,7 +169,14 @@ def _write(folder: str, asked: dict[str, Any], stack: contextlib.ExitStack) -> d
     while not os.path.isdir(place):
         place = place.parent
     path = place / f".scaler-check-{asked['token']}-{asked['number']}"
-    report = {"folder": str(place), "path": None, "error": None, "space": _space(str(place)), "bytes": asked["bytes"]}
+    report = {
+        "folder": str(place),
+        "path": None,
+        "error": None,
+        "space": _space(str(place)),
+        "bytes": asked["bytes"],
+        "checkpoints": len([*place.glob("step-*"), *place.glob("checkpoints/step-*")]),
+    }
     started = time.perf_counter()
     try:
         with path.open("xb", buffering=0) as file:

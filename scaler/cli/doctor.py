@@ -71,7 +71,7 @@ def doctor(
         ]
     except ValueError as error:
         raise WrongUse(str(error)) from None
-    if os.environ.get("RANK", "0") == "0" or findings[-1].level == "error":  # which the others may not know of
+    if os.environ.get("RANK", "0") == "0" or worst(findings[-1:]) == "error":  # which the others may not know of
         _show(findings, as_json=as_json, seconds=time.monotonic() - started)
     if worst(findings) == "error":
         raise typer.Exit(1)

@@ -49,8 +49,9 @@ def examine(
     Raises:
         ValueError: a hostfile that is none.
     """
-    started, first_here = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0")) == 0
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", started)) if started > 1 else max(1, gpus())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", started))  # torchrun's, DeepSpeed's name
+    here = int(local) if started > 1 else max(1, gpus())
     job = make_job(
         recipe or "",
         overrides,
@@ -60,8 +61,8 @@ def examine(
         processes=processes or (None if hosts else here),
         port=port,
     )
-    if not first_here:
-        return run_check("ranks", {"findings": []}, seconds=_MEETING_SECONDS)
+    if started > 1 and os.environ.get("LOCAL_RANK", "0") != "0":
+        return [] if quick else run_check("ranks", {"findings": []}, seconds=_MEETING_SECONDS)
     words = [*overrides, *([f"data.shards={shards}"] * bool(shards)), *([f"run.dir={run_dir}"] * bool(run_dir))]
     asked: dict[str, dict[str, Any]] = {
         "versions": {},
@@ -76,9 +77,8 @@ def examine(
     }
     wanted = ["versions", "installation", *["deepspeed"] * (not quick), *["recipe"] * (recipe is not None)]
     with ThreadPoolExecutor() as pool:
-        findings = [
-            finding for found in pool.map(lambda name: run_check(name, asked[name]), wanted) for finding in found
-        ]
+        found = pool.map(lambda name: run_check(name, asked[name]), wanted)
+        findings = [finding for several in found for finding in several]
     if quick:
         return findings
     facts = _facts(findings, shards=shards, run_dir=run_dir)

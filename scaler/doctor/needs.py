@@ -13,15 +13,17 @@ _HELD = 3  # others of a process: the one in use, the one on its way to the GPU,
 
 @dataclass(frozen=True)
 class Needs:
-    """Attributes:
-    shards: the local folder that holds index.json; None: there is none, and `unchecked` says why.
-    unchecked: why the shards cannot be looked at on each machine; empty: they can.
-    folders: local folders that all machines write to.
-    checkpoints: of those the one for checkpoints.
-    checkpoint_bytes: of one checkpoint; 0: not known.
-    num_checkpoints: that lie there at a time, the one that is being written included.
-    loader_processes: on a machine.
-    loader_bytes: of shared memory (/dev/shm) that they take together.
+    """What is counted of a run; the defaults ask for nothing.
+
+    Attributes:
+        shards: the local folder that holds index.json; None: there is none, and `unchecked` says why.
+        unchecked: why the shards cannot be looked at on each machine; empty: they can.
+        folders: local folders that all machines write to.
+        checkpoints: of those the one for checkpoints.
+        checkpoint_bytes: of one checkpoint; 0: not known.
+        num_checkpoints: that lie there at a time, the one that is being written included.
+        loader_processes: on a machine.
+        loader_bytes: of shared memory (/dev/shm) that they take together.
     """
 
     shards: str | None = None
