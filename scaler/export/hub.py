@@ -30,17 +30,16 @@ def push(folder: Path, repository: str, *, private: bool = False, endpoint: str 
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     except ImportError:
         raise ValueError("a push needs huggingface_hub: pip install 'scaler[remote]'") from None
     api = HfApi(endpoint=endpoint, library_name="scaler")
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by scaler")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
+    except Exception as error:  # of whatever HTTP client this version has, too
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
             f"{repository} could not be pushed to {api.endpoint} ({why}); log in with `hf auth login` or set HF_TOKEN, "
             f"to a token that may write there, then run the same command with --overwrite; {folder} is complete"
-        ) from None
+        ) from error
     return f"{api.endpoint}/{repository}"

@@ -300,6 +300,8 @@ def test_a_folder_is_pushed_to_a_hub(
         assert len(str(refused.value).splitlines()) == 1 and given == {}
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         assert hub.push(tmp_path / "model", "me/model", private=True, endpoint=endpoint) == f"{endpoint}/me/model"
+    with pytest.raises(ValueError, match=r"could not be pushed .*ConnectError.* is complete"):
+        hub.push(tmp_path / "model", "me/model", endpoint=endpoint)  # where nobody listens any more
     repository = given.pop("repository")
     assert repository["name"] == "model" and repository["organization"] == "me"
     assert repository.get("visibility", repository.get("private")) in ("private", True)  # as older clients say it
