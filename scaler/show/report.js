@@ -22,7 +22,7 @@
 
   function ticks(low, high, count) {
     const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999);
+    const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw * 0.999);
     const found = [];
     for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-9; value += step) {
       found.push(Math.abs(value) < step * 1e-9 ? 0 : value);

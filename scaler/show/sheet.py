@@ -79,10 +79,8 @@ def draw_sheet(
         for column, cell in enumerate(row):
             if cell is not None:
                 widths[column] = max(widths[column], cell.picture.width + 2 * _FRAME, _NARROWEST if cell.caption else 1)
-    pictures = [max((c.picture.height + 2 * _FRAME for c in row if c), default=0) for row in rows]
     heights = [
-        top + line * max((len(c.caption) for c in row if c), default=0) + _GAP
-        for row, top in zip(rows, pictures, strict=True)
+        max((c.picture.height + 2 * _FRAME + line * len(c.caption) for c in row if c), default=0) + _GAP for row in rows
     ]
     top = _MARGIN + (head + 4 if title else 0) + line * len(notes) + (4 if notes else 0)
     above = line + 4 if any(columns) else 0
@@ -98,7 +96,7 @@ def draw_sheet(
     for left, wide, name in zip(lefts, widths, columns, strict=False):
         pen.text((left + _FRAME, top), shortened(name, wide), font=font(), fill=_FAINT)
     top += above
-    for row, tallest, height in zip(rows, pictures, heights, strict=True):
+    for row, height in zip(rows, heights, strict=True):
         for left, wide, cell in zip(lefts, widths, row, strict=False):
             if cell is None:
                 continue
@@ -107,8 +105,7 @@ def draw_sheet(
                 pen.rectangle((shape[0], shape[1], shape[2] - 1, shape[3] - 1), fill=cell.frame)
             sheet.paste(cell.picture, (left + _FRAME, top + _FRAME))
             for number, words in enumerate(cell.caption):
-                y = min(top + tallest, shape[3] + 2) + line * number
-                pen.text((left + _FRAME, y), shortened(words, wide), font=font(), fill=_INK)
+                pen.text((left + _FRAME, shape[3] + line * number), shortened(words, wide), font=font(), fill=_INK)
         top += height
     return sheet
 

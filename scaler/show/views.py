@@ -12,6 +12,7 @@ normalisation, which is undone.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,7 @@ from shards.resize import Cut
 
 _SIDE = 192  # pixels that the largest view is enlarged to, or made smaller to
 _SMALL = 64  # the same of small ones in a contact sheet
+_KEY = 136  # pixels for the name of a sample there
 _HATCH = 9  # pixels from line to line
 _MOST_PARTS = 8  # micro-batches that are looked through for different images
 _JITTER = {BRIGHTNESS: "brightness ×{:.2f}", CONTRAST: "contrast ×{:.2f}", SATURATION: "saturation ×{:.2f}",
@@ -85,20 +87,24 @@ def _rows(batch: RunBatch, viewed: Viewed, chosen: list[int]) -> Iterator[list[C
 
 
 def contact_sheet(batch: RunBatch, *, limit: int = 64, augmented: bool = False) -> Image.Image:
-    """A row for each of the batch's first `limit` samples: its key and its views, as the workers cut them or
+    """The batch's first `limit` samples in rows of several: the key of each and its views, as the workers cut them or
     `augmented`, with colours and masks."""
     viewed = next(batch.views(at_least=limit, augmented=augmented))
     chosen = list(range(min(limit, len(viewed.raw["ids"]))))
     size = max(shown.images.shape[-1] for shown in viewed.views)
     pictures = _pictures(viewed, chosen, side=_SMALL if size < _SMALL else min(size, _SIDE))
     wanted = batch.index.keys(viewed.raw["ids"][chosen].numpy())
-    rows: list[list[Cell | None]] = []
+    samples: list[list[Cell | None]] = []
     for row, key in enumerate(batch.index.keys(viewed.shown_ids()[: len(chosen)])):
         words = [key] if key == wanted[row] else [key, "in place of", wanted[row]]
-        rows.append([Cell(Image.new("RGB", (_SIDE, 1), "white"), words), *(Cell(views[row]) for views in pictures)])
-    names = ["", *(_title(shown, viewed) for shown in viewed.views)]
+        name = Cell(Image.new("RGB", (_KEY, 1), "white"), words)
+        samples.append([name, *(Cell(views[row]) for views in pictures), None])  # a gap before the next
+    width, height = _KEY + sum(views[0].width for views in pictures), pictures[0][0].height
+    per_row = max(1, round(math.sqrt(len(samples) * height / width)))  # about as wide as high
+    rows = [list(itertools.chain(*samples[i : i + per_row])) for i in range(0, len(samples), per_row)]
+    names = ["", *(_title(shown, viewed) for shown in viewed.views), ""] * min(per_row, len(samples))
     kind = "as the network gets them" if augmented else "as the loader's workers cut them"
-    title = f"Step {batch.step}: {len(rows)} of {batch.stage.global_batch_size} samples, {kind}"
+    title = f"Step {batch.step}: {len(samples)} of {batch.stage.global_batch_size} samples, {kind}"
     return draw_sheet(rows, title=title, columns=names)
 
 
