@@ -43,7 +43,7 @@ class Container:
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Start it and wait for its end."""
-        return self.root.run([*FINAL.the("ENTRYPOINT").words, *words], timeout=_SECONDS, **self._as_user(variables))
+        return self.root.run([*FINAL.the("ENTRYPOINT").words, *words], timeout=5 * _SECONDS, **self._as_user(variables))
 
     def secret(self, name: str, text: str) -> None:
         """Mount a file under /run/secrets, as compose.yaml does: with the owner and mode that it has outside."""

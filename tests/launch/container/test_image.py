@@ -100,8 +100,9 @@ def test_a_training_runs_stops_and_goes_on(image: Container, tmp_path: Path) -> 
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
-    assert Service(process).stop() == 75, log.read_text()
+    assert Service(process).stop() != 0, log.read_text()  # torchrun hides the 75 of its processes
+    assert json.loads(image.root.path("/runs/first/exit.json").read_text())["requeue"] is True
     steps = len(metrics.read_text().splitlines())
-    result = image.run(*words, f"run.stop_after={steps + 3} steps")
+    result = image.run(*words, f"run.stop_after={steps + 1} steps")
     assert result.returncode == 0, result.stderr
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [*range(1, steps + 4)]
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [*range(1, steps + 2)]
