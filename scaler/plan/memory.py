@@ -206,16 +206,21 @@ def _touched(model: Model, ranks: int) -> int:
 
 def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
     """Shards of everything. Where a step is one forward and backward, DeepSpeed learns its order, gathers ahead of use
-    and keeps what it will need again; where it has several passes, a module is gathered when its turn has come."""
+    and keeps what it will need again; where it has several passes, a module is gathered when its turn has come.
+    """
     ranks = setup.ranks
     part = _FP32 * sum(w.part(ranks) for w in model.trained)
     held = _held(model, lambda w: w.part(ranks), lambda w: w.part(ranks))
     bucket, total = _bucket(model, setup), model.count(model.weights.values())
     live, ahead = _FP32 * min(total, LIVE), _FP32 * min(total, _AHEAD)
-    if trace.observe:
-        live, before_forward = _FP32 * max(w.numel for w in model.weights.values()), 0
-    else:
+    trained = model.count(model.trained)
+    if not trace.observe:
         before_forward = ahead
+    elif model.count_of(trace.early) == trained:  # one micro-batch after the other in the same order: learned as well
+        live = _FP32 * min(trained, LIVE)
+        before_forward = min(live, ahead) // 2
+    else:
+        live, before_forward = _FP32 * max(w.numel for w in model.weights.values()), 0
     flat = _FP32 * max(sum(w.part(ranks) for w in group) for group in model.groups)
 
     def moments() -> Iterator[_Moment]:

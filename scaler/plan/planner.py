@@ -232,7 +232,7 @@ def possible_layouts(method: Method, global_batch_size: int, *, ranks: int) -> l
     Raises:
         ValueError: there is none; says what is nearest.
     """
-    share = batch_layout(global_batch_size, micro_batch_size=None, ranks=ranks).micro_batch_size
+    share = batch_layout(global_batch_size, micro_batch_size=1, ranks=ranks).num_micro_batches
     found, reason = [], ""
     for micro in (m for m in range(1, share + 1) if share % m == 0):
         try:

@@ -53,12 +53,6 @@ def measure(world: World, name: str, layout: Layout, overrides: Sequence[str], s
     return found
 
 
-def measure_all(world: World, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Every strategy on each case, in one process."""
-    names = tuple(STRATEGIES)
-    return [dict(zip(names, measure(world, *case, names), strict=True)) for case in cases]
-
-
 def plan_all(
     name: str, layout: Layout, overrides: Sequence[str], strategies: Sequence[str] = tuple(STRATEGIES)
 ) -> list[Prediction]:
