@@ -128,7 +128,7 @@ def compare(
             found = run(images)
         except RuntimeError as error:
             raise ValueError(
-                f"what was written does not run on {count} images of {size} pixels: {_first(error)}"
+                f"what was written does not run on {count} images of {size} pixels: {_last(error)}"
             ) from None
         for name, a, b in zip(encoder.outputs, found, wanted, strict=True):
             difference = float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
@@ -170,13 +170,13 @@ def _put(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         place = Path(folder, target.name)
         yield place
+        beside = [path for path in Path(folder).iterdir() if path != place]
         if target.is_dir():  # a folder cannot be replaced in one go: the old one steps aside
-            os.rename(target, Path(folder, "old"))
-        others = [path for path in Path(folder).iterdir() if path not in (place, Path(folder, "old"))]
-        for path in [*others, place]:  # the named one last: what is there is whole
+            os.rename(target, Path(folder, f"{target.name}.replaced"))
+        for path in [*beside, place]:  # the named one last: what is there is whole
             os.replace(path, target.parent / path.name)
 
 
-def _first(error: Exception) -> str:
-    """The first line of an error that says something."""
+def _last(error: Exception) -> str:
+    """The last line of an error that says something: a program's traceback stands before it."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
