@@ -88,7 +88,7 @@ def _show(findings: list[Finding], *, as_json: bool, seconds: float) -> None:
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], **counts, "seconds": seconds}))
         return
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False)
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
     width = max((len(finding.check) for finding in findings), default=0)
     for finding in findings:
