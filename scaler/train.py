@@ -194,6 +194,8 @@ def attempt(
 
     layout = layouts[recipe.data.global_batch_size]
     validation = open_validation(recipe, data, method, strategy, layout=layout, world=world, device=device)
+    if validation is not None:
+        begun.append(validation.describe())
     resolved = resolved_recipe(recipe, shards=data.place, settings=settings)
     progress = Progress()
     if source is not None:

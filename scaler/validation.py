@@ -68,6 +68,15 @@ class Validation:
                 )
             self._neighbours = evenly_spread(labelled[-1], recipe.evaluate.neighbours)
 
+    def describe(self) -> str:
+        """What is scored, when and how, for the user."""
+        how = "by the classifier"
+        if not self._method.validates:
+            how = f"by a kNN among {len(self._neighbours)} training images"
+            if self._train is None:
+                how = "by a kNN among themselves, since the training images have no labels"
+        return f"evaluation: every {self.every}, {self._index.num_samples} images {how}"
+
     def run(self, step: int, *, watch: Watch) -> dict[str, float]:
         """Score the model after `step` updates; called by all ranks together.
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from scaler.evals.scores import mean_scores
 from scaler.train import main
 from shards.convert import convert
 from shards.decode import View
+from tests.http import faulty_server
 from tests.images import make_image_folder
 from tests.long import only_long
 from tests.runs import write_recipe
-from tests.scaler.test_cli import scaler
 
 CLASSES = 3
 
@@ -133,6 +136,24 @@ def test_the_classifier_of_a_run_and_where_records_are_kept(photos: Path, tmp_pa
     assert len(list((tmp_path / "run" / "evaluations").iterdir())) == 3, "one file each"
 
 
+def test_shards_of_a_url_are_kept_apart_from_features(photos: Path, tmp_path: Path) -> None:
+    with faulty_server(photos) as server:
+        url = f"{server.url}/shards"
+        words = ["knn", *VIT, "--train", url, "--val", photos / "val", "--json", "--out", tmp_path / "out.json"]
+        words += ["--shard-cache-dir", tmp_path / "shards", "--cache-dir", tmp_path / "features"]
+        remote = run(*words)
+        assert remote.exit_code == 0, remote.output
+        assert list((tmp_path / "shards").iterdir())
+        shutil.rmtree(tmp_path / "shards")
+        again = run(*words)
+    local = run(*["knn", *VIT, "--train", photos / "shards", "--val", photos / "val", "--json"])
+    assert json.loads(again.stdout)["images_per_second"] is None, "kept features need no shard"
+    assert not list((tmp_path / "shards").glob("*.tar"))
+    assert json.loads(remote.stdout)["table"] == json.loads(local.stdout)["table"]
+    assert json.loads(remote.stdout)["train"] == url
+    assert list((tmp_path / "features").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -156,13 +177,20 @@ def test_what_cannot_be_evaluated_is_one_line(photos: Path, tmp_path: Path, word
 
 @only_long
 def test_two_processes_give_the_record_of_one(photos: Path, tmp_path: Path) -> None:
+    def command(*words: Any) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "scaler.cli", "eval", *map(str, words)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+
     words = ["--train", photos / "train", "--val", photos / "val", "--json", "--cache-dir", tmp_path / "kept"]
     for what in (["knn", "--k", "3,1"], ["linear", "--min-steps", 50]):
-        many = scaler("eval", what[0], *VIT, *words, *what[1:], "--processes", 2)
-        assert many.returncode == 0, many.stderr
-        one = scaler("eval", what[0], *VIT, *words, *what[1:])
+        many, one = (command(what[0], *VIT, *words, *what[1:], "--processes", n) for n in (2, 1))
+        assert many.returncode == one.returncode == 0, many.stderr + one.stderr
         first, second = (json.loads(result.stdout) for result in (many, one))
         assert first["processes"] == 2 and second["images_per_second"] is None
-        assert second["table"] == pytest.approx(first["table"]) if what[0] == "knn" else second["top1"] == first["top1"]
-    wrong = scaler("eval", "knn", "MISSING", *words, "--processes", 2)
-    assert wrong.returncode == 1 and [line[:6] for line in wrong.stderr.splitlines()] == ["error:"], wrong.stderr
+        assert [row["top1"] for row in second["table"]] == [row["top1"] for row in first["table"]]
+        assert second["top5"] == first["top5"]
+    wrong = command("knn", "MISSING", *words, "--processes", 2)
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    assert {line[:14] for line in wrong.stderr.splitlines() if "SIGTERM" not in line} == {"error: MISSING"}, (
+        wrong.stderr
+    )

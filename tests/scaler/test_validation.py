@@ -96,12 +96,14 @@ def test_every_image_is_scored_once_and_training_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("method", ["dinov2", pytest.param("simclr", marks=only_long)])
 def test_features_are_scored_by_neighbours_and_training_goes_on_as_if_nothing_had_been(
-    shards, held_out, tmp_path, method
+    shards, held_out, tmp_path, method, capfd
 ):
     evaluate = {"every": "3 steps", "batch_size": 10, "neighbours": 200, "k": 7}
     with_scores = recipe(tmp_path / "with.yaml", shards, held_out, method, evaluate=evaluate)
     without = recipe(tmp_path / "without.yaml", shards, None, method)
-    assert main([str(with_scores)]) == main([str(without)]) == 0
+    assert main([str(with_scores)]) == 0
+    assert "evaluation: every 3 steps, 53 images by a kNN among 200 training images" in capfd.readouterr().out
+    assert main([str(without)]) == 0
     found = scores(tmp_path / "with")
     assert list(found) == [3, 6, 8] and all(values["val/rejected"] == 1 for values in found.values())
     best = json.loads((tmp_path / "with" / "best.json").read_text())
