@@ -281,27 +281,28 @@ def _choose(
     layouts: list[Layout],
     machine: Machine,
 ) -> Choice:
-    """The largest micro-batch of a strategy that fits."""
+    """The largest micro-batch of a strategy that fits; where none does, the one that needs least."""
     width = machine.gpus if strategy == "fsdp2 by node" else machine.ranks
-    choice = None
-    for layout in layouts:
-        setup = Setup(settings, layout.ranks, width, layout.num_micro_batches)
-        step = _predict(model, trace(layout), setup)
-        fits = step.memory.peak <= USABLE * machine.memory
-        if choice is not None and not fits:
-            break
-        tflops = machine.tflops or TFLOPS[settings.precision]
-        compute = step.flops / (1e12 * tflops * machine.mfu)
-        if machine.images_per_second:
-            compute = layout.micro_batch_size * layout.num_micro_batches / machine.images_per_second
-        network = step.traffic.seconds(nodes=machine.nodes, gpus=machine.gpus, intra=machine.intra, inter=machine.inter)
-        choice = Choice(
-            strategy, settings.precision, settings.activation_checkpointing, layout, fits, step, compute, network
-        )
-        if not fits:
-            break
-    assert choice is not None
-    return choice
+    steps = {
+        layout: _predict(model, trace(layout), Setup(settings, layout.ranks, width, layout.num_micro_batches))
+        for layout in layouts
+    }
+    fitting = [layout for layout in layouts if steps[layout].memory.peak <= USABLE * machine.memory]
+    layout = fitting[-1] if fitting else min(layouts, key=lambda layout: steps[layout].memory.peak)
+    step = steps[layout]
+    compute = step.flops / (1e12 * (machine.tflops or TFLOPS[settings.precision]) * machine.mfu)
+    if machine.images_per_second:
+        compute = layout.micro_batch_size * layout.num_micro_batches / machine.images_per_second
+    return Choice(
+        strategy=strategy,
+        precision=settings.precision,
+        checkpointing=settings.activation_checkpointing,
+        layout=layout,
+        fits=bool(fitting),
+        step=step,
+        compute=compute,
+        network=step.traffic.seconds(nodes=machine.nodes, gpus=machine.gpus, intra=machine.intra, inter=machine.inter),
+    )
 
 
 def _predict(model: Model, trace: Trace, setup: Setup) -> Prediction:
