@@ -3,9 +3,9 @@
     x, labels = extract_features(model, index, view=…, …)                    # all on every rank, in index order
     part = extract_part(model, index, store=…, world=world, …)               # this rank's, kept on disk
 
-`extract_part` works chunk by chunk (`store.CHUNK` consecutive samples); chunk c belongs to rank c mod ranks. With a
-store each chunk is written as soon as it is complete, so that an evaluation that was killed goes on where it stopped,
-also on another number of ranks.
+`extract_part` works chunk by chunk (`store.CHUNK` consecutive samples), and each rank has a run of chunks, so that a
+remote shard is fetched by one of them. With a store each chunk is written as soon as it is complete, so that an
+evaluation that was killed goes on where it stopped, also on another number of ranks.
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def extract_part(
     Raises:
         ValueError: a shard that is missing or cut off (from the loader), or no sample that decodes.
     """
-    own = range(world.rank, num_chunks(index.num_samples), world.size)
+    count = num_chunks(index.num_samples)
+    own = range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
     kept = {chunk: None if store is None else store.read(chunk) for chunk in own}
     missing = [chunk for chunk, content in kept.items() if content is None]
     ids = np.concatenate([_NONE, *(np.array(chunk_ids(chunk, index.num_samples)) for chunk in missing)])

@@ -204,7 +204,7 @@ class _Heads:
             for columns, weight, bias in zip(self.inputs.values(), self.weights, self.biases, strict=True):
                 scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(len(x), *bias.shape)
                 error = scores.softmax(dim=2).div_(len(x))  # [b, r, c]
-                error[torch.arange(len(x)), :, labels] -= 1 / len(x)
+                error[torch.arange(len(x), device=x.device), :, labels] -= 1 / len(x)
                 errors.append(error)
             gradients = [
                 (x[:, columns].T @ error.flatten(1)).view_as(weight)
@@ -224,7 +224,7 @@ class _Heads:
         for columns, weight, bias in zip(self.inputs.values(), self.weights, self.biases, strict=True):
             scores = torch.addmm(bias.flatten(), x[:, columns], weight.flatten(1)).view(len(x), *bias.shape)
             hits = scores.topk(min(5, scores.shape[2]), dim=2).indices == labels[:, None, None]
-            losses = -F.log_softmax(scores, dim=2)[torch.arange(len(x)), :, labels]
+            losses = -F.log_softmax(scores, dim=2)[torch.arange(len(x), device=x.device), :, labels]
             facts = [hits[:, :, 0], hits.any(dim=2), losses]
             out.append(torch.stack([fact.double().sum(dim=0) for fact in facts], dim=1))
         return torch.stack(out)

@@ -47,13 +47,18 @@ class Kept:
         """The folder of an entry, which is made if it is not there.
 
         Raises:
-            OSError: a place that cannot be written to.
+            ValueError: a place that cannot be written to.
         """
         path = self.folder / kind / name
-        if not path.is_dir():
-            self._trim()
-            path.mkdir(parents=True, exist_ok=True)
-        os.utime(path)
+        try:
+            if not path.is_dir():
+                self._trim()
+                path.mkdir(parents=True, exist_ok=True)
+            os.utime(path)
+        except OSError as error:
+            raise ValueError(
+                f"cannot keep {kind} in {self.folder}: {error.strerror}; name another folder (--cache-dir)"
+            ) from error
         return path
 
     def _trim(self) -> None:

@@ -67,3 +67,10 @@ def test_what_was_not_used_for_longest_is_removed_beyond_the_bound(tmp_path: Pat
     kept = Kept(tmp_path, max_bytes=0)
     kept.entry("images", "last")
     assert {path.name for path in tmp_path.glob("*/*")} == {"new", "next", "last"}, "what is in use stays"
+
+
+def test_a_cache_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    make_image_folder(tmp_path / "images", num_images=2, classes=0, size=40)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot keep images in .*file: Not a directory; name another .*--cache-dir"):
+        open_images(tmp_path / "images", cache_dir=tmp_path / "file")

@@ -88,3 +88,12 @@ def test_bad_input_is_refused() -> None:
     bad = train._replace(features=train.features.clone().fill_(math.nan))
     with pytest.raises(ValueError, match="training features are not finite"):
         linear_scores(bad, test, inputs={"all": slice(None)}, num_classes=10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu() -> None:
+    train, test = digits()
+    options = {"inputs": {"all": slice(None)}, "num_classes": 10, "min_steps": 300}
+    found, expected = (linear_scores(train, test, device=device, **options).scores for device in ("cuda", "cpu"))
+    assert found["top1"] == pytest.approx(expected["top1"], abs=0.004)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.01)
