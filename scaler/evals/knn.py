@@ -114,7 +114,8 @@ def neighbours(
     All ranks must take all blocks: each asks the others about its queries.
     """
     rows, columns = max(1, block[0] // world.size), block[1]
-    keys, lengths, device = train.features.float(), train.features.double().norm(dim=1), train.features.device
+    keys, device = train.features.float(), train.features.device
+    lengths = _lengths(keys)
     (longest,) = world.max_(torch.tensor([len(test.ids)], device=device)).tolist()
     wanted = k + leave_out
     for start in range(0, longest, rows):
@@ -150,7 +151,7 @@ def nearest(
         queries: float32 [m, d]. keys: float32 [n, d], n ≥ k. block: keys that are compared at once.
         lengths: of the keys, float64 [n], where the caller knows them.
     """
-    lengths = keys.double().norm(dim=1) if lengths is None else lengths
+    lengths = _lengths(keys) if lengths is None else lengths
     lengths = lengths.clamp(min=torch.finfo(torch.float32).tiny)
     units = F.normalize(queries.double(), dim=1)
     best = torch.zeros((len(queries), k), dtype=torch.float64, device=keys.device)
@@ -204,6 +205,11 @@ def _similarity(units: Tensor, keys: Tensor, lengths: Tensor, index: Tensor) -> 
             products = units[rows, None, :] * keys[at].double()
             out[rows, column : column + columns] = products.sum(dim=2) / lengths[at]
     return out
+
+
+def _lengths(keys: Tensor) -> Tensor:
+    """Of each key, float64 [n]."""
+    return torch.cat([part.double().norm(dim=1) for part in keys.split(BLOCK[1])])
 
 
 def _padded(x: Tensor, rows: int, value: float) -> Tensor:
