@@ -77,6 +77,7 @@ def main() -> None:
         os.dup2(2, 1)  # what libraries print
         for finding in import_module(sys.argv[1]).check(json.load(sys.stdin)):
             print(json.dumps(asdict(finding)), file=out, flush=True)
+    os._exit(0)  # threads of gloo and others, which the interpreter's end would trip over, end with it
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
         yield _speed(world, device, several=several)
         if several:
             yield _clocks(world, hosts)
+        world.barrier()  # the first process may hold the store by which the others hear
     except (ValueError, RuntimeError) as error:
         here = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
         fix = "scaler doctor --hosts HOSTFILE looks at names, interfaces and ports; GLOO_SOCKET_IFNAME chooses one"
