@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.launch.container.dockerfile import Stage, carry_out, parse, variables_of
 from tests.launch.container.root import Root, root_over
@@ -23,6 +24,7 @@ from tests.packages import install
 
 ROOT = Path(__file__).parents[3]
 CONTAINER = ROOT / "launch/container"
+COMPOSE = yaml.safe_load((CONTAINER / "compose.yaml").read_text())
 ARGUMENTS, (BUILD, FINAL) = parse((CONTAINER / "Dockerfile").read_text())
 
 _PROGRAMS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "tini": "tini"}

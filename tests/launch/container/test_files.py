@@ -14,13 +14,12 @@ import yaml
 from launch.job import Job
 from launch.slurm import plan
 from tests.launch.container.dockerfile import Instruction, ignored, parse, variables_of
-from tests.launch.container.image import ARGUMENTS, BUILD, CONTAINER, FINAL, ROOT
+from tests.launch.container.image import ARGUMENTS, BUILD, COMPOSE, CONTAINER, FINAL, ROOT
 from tests.lock import read_lock
 from tests.long import only_long
 from tests.packages import install
 from tests.runs import write_recipe
 
-COMPOSE = yaml.safe_load((CONTAINER / "compose.yaml").read_text())
 INSTRUCTIONS = [*BUILD.instructions, *FINAL.instructions]
 RULES = (CONTAINER / "Dockerfile.dockerignore").read_text().splitlines()
 PROFILES = ("train", "notebook", "ssh")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.container.image import Container, Service, dress
+from tests.launch.container.image import COMPOSE, Container, Service, dress
 from tests.launch.container.root import root_over
 from tests.long import only_long
 from tests.runs import make_shards
@@ -80,6 +80,14 @@ def test_the_image_holds_what_the_lock_says(image: Container) -> None:
         "all",
         "ModuleNotFoundError: No module named 'pytest'",
     ], result.stderr
+
+
+@only_long
+def test_torch_compiles_with_what_is_there(image: Container) -> None:
+    script = "import torch; print(torch.compile(lambda x: x.sin() + 1)(torch.zeros(2)))"
+    given = {name: value for name, value in COMPOSE["services"]["train"]["environment"].items() if value is not None}
+    result = image.run("python", "-c", script, **given)
+    assert result.stdout == "tensor([1., 1.])\n", result.stderr
 
 
 @only_long

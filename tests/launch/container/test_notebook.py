@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,12 @@ TOKEN = "0123456789abcdef0123456789abcdef-_ABC"
 HERE = f"http://127.0.0.1:{PORT}"
 EVIL = "http://evil.example"
 SHUT = {302, 403, 404}  # to the login page; forbidden; what is asked for from elsewhere does not exist
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec_WebSocket_Version": "13",
+    "Sec_WebSocket_Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
+}
 
 # What the user's own folder, or one that others can write to, would have Jupyter do.
 OPEN = json.dumps({"IdentityProvider": {"token": ""}, "ServerApp": {"ip": "0.0.0.0", "allow_origin": "*", "token": ""}})
@@ -121,18 +128,12 @@ def test_nothing_is_started_without_the_token(server: tuple[Container, Service])
 def test_websockets_are_for_its_own_pages(server: tuple[Container, Service]) -> None:
     box, _ = server
     session = cookie(login(box))
-    upgrade = {
-        "Connection": "Upgrade",
-        "Upgrade": "websocket",
-        "Sec_WebSocket_Version": "13",
-        "Sec_WebSocket_Key": "MDEyMzQ1Njc4OWFiY2RlZg==",
-    }
     terminal = ask(box, "/api/terminals", method="POST", body="{}", Authorization=f"token {TOKEN}")
     for path in ("/api/events/subscribe", f"/terminals/websocket/{json.loads(terminal.body)['name']}"):
-        assert ask(box, path, Origin=HERE, **upgrade).status in SHUT
-        assert ask(box, path, Origin=EVIL, Cookie=session, **upgrade).status == 403
-        assert ask(box, path, Origin="null", Cookie=session, **upgrade).status == 403
-        assert ask(box, path, Origin=HERE, Cookie=session, **upgrade).status == 101
+        assert ask(box, path, Origin=HERE, **UPGRADE).status in SHUT
+        assert ask(box, path, Origin=EVIL, Cookie=session, **UPGRADE).status == 403
+        assert ask(box, path, Origin="null", Cookie=session, **UPGRADE).status == 403
+        assert ask(box, path, Origin=HERE, Cookie=session, **UPGRADE).status == 101
 
 
 def test_other_names_for_it_are_refused(server: tuple[Container, Service]) -> None:
@@ -146,6 +147,27 @@ def test_it_listens_on_loopback(server: tuple[Container, Service]) -> None:
     assert listening(box.root) == {PORT: ["127.0.0.1"]}
     with pytest.raises(ConnectionRefusedError):
         box.root.connect(OUTER, PORT)
+
+
+def test_a_kernel_works_and_is_not_spoken_to_over_the_network(server: tuple[Container, Service]) -> None:
+    box, _ = server
+    token = {"Authorization": f"token {TOKEN}"}
+    kernel = json.loads(ask(box, "/api/kernels", method="POST", body="{}", **token).body)["id"]
+    with box.root.connect("127.0.0.1", PORT) as page:  # the server asks a kernel how it is when a page is there
+        headers = {"Host": f"127.0.0.1:{PORT}", **token, **{k.replace("_", "-"): v for k, v in UPGRADE.items()}}
+        lines = [
+            f"GET /api/kernels/{kernel}/channels HTTP/1.1",
+            *(f"{name}: {value}" for name, value in headers.items()),
+        ]
+        page.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert b" 101 " in page.recv(100)
+        deadline = time.monotonic() + 60
+        while (state := json.loads(ask(box, f"/api/kernels/{kernel}", **token).body)["execution_state"]) != "idle":
+            assert time.monotonic() < deadline, state
+            time.sleep(0.2)
+        connection = next(box.root.path("/home/scaler/.local/share/jupyter/runtime").glob(f"kernel-{kernel}.json"))
+        assert json.loads(connection.read_text())["transport"] == "ipc" and connection.stat().st_mode & 0o077 == 0
+    assert ask(box, f"/api/kernels/{kernel}", method="DELETE", **token).status == 204
 
 
 def test_the_token_is_out_of_reach(server: tuple[Container, Service]) -> None:
