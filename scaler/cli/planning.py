@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,9 @@ def plan(
 
     def command(choice: Choice) -> str:
         values = [*words, *choice.overrides(checked)]
+        if nodes > 1:  # whose names nobody knows here
+            shape = ["--nodes", str(nodes), "--processes", str(gpus), "--hosts", "hosts", "--run"]
+            return shlex.join(["scaler", "launch", "torchrun", recipe, *values, *shape]) + "\n"
         settings = load_recipe(recipe, overrides=values).strategy
         return launch("torchrun", make_job(recipe, values, settings=settings, nodes=nodes, processes=gpus)).text
 

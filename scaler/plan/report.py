@@ -13,7 +13,7 @@ from scaler.plan.memory import PARTS
 from scaler.plan.planner import USABLE, Choice, Machine, Plan
 
 _GB = 1e9
-_WIDTH = 118  # columns that the tables need
+_WIDTH = 136  # columns that the tables need
 
 
 def _number(value: float) -> str:
@@ -33,7 +33,7 @@ def show_plan(plan: Plan, machine: Machine, *, start: Callable[[Choice], str]) -
     table = Table(title="The largest micro-batches that fit", box=SIMPLE)
     parts = Table(title="GB on a GPU at the fullest moment of a step", box=SIMPLE)
     for part in (table, parts):
-        part.add_column("strategy, precision, checkpointing")
+        part.add_column("strategy, precision, checkpointing" if part is table else "", no_wrap=True)
     for name in ("images x times", "GB of a GPU", "GB sent", "network s", "compute s", "images/s", "days"):
         table.add_column(name, justify="right")
     for name in (*PARTS, "in"):
@@ -122,7 +122,7 @@ def _advice(plan: Plan, machine: Machine) -> list[str]:
         + (
             "; --loader with what `scaler bench loader` says of a worker here gives their number"
             if (workers := plan.workers(best)) is None
-            else f": {workers} workers a GPU (data.num_workers={workers})"
+            else f": data.num_workers={workers}"
         ),
     ]
     return lines
