@@ -34,7 +34,7 @@ MAY_IMPORT = {
 }
 # Concrete methods and strategies, and who may name them; everyone else sees base classes.
 CONCRETE = re.compile(r"scaler\.methods\.(?!base\b|METHODS|method_class)\w+|scaler\.strategies\.(ddp|fsdp2|zero)\b")
-MAY_SEE_CONCRETE = ("scaler.methods.", "scaler.strategies", "scaler.train", "launch", "scaler.bench")
+MAY_SEE_CONCRETE = ("scaler.methods.", "scaler.strategies", "scaler.train", "launch", "scaler.bench", "scaler.plan")
 # A package of others → the modules (by prefix) that may import it.
 ONLY_IN = {
     "deepspeed": ("scaler.strategies.zero", "scaler.doctor"),
