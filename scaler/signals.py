@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 import threading
@@ -16,7 +17,8 @@ _LAUNCHER = re.compile(r"(^|/)(torchrun|accelerate|deepspeed)(\.|$)|^torch\.dist
 
 
 class StopSignals:
-    """While active, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end instead of killing the process.
+    """While active, SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint and an orderly end instead of killing the process;
+    a second SIGINT (Ctrl-C) ends it at once.
 
     What was received is kept when it is left and entered again.
     """
@@ -40,6 +42,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self._before[number] = signal.signal(number, self._receive)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -48,6 +52,13 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._number = number
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._number = number
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping after a checkpoint; Ctrl-C again stops at once\n")
 
     def _orphaned(self) -> bool:
         try:

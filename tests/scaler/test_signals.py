@@ -52,6 +52,23 @@ def test_the_death_of_the_launcher_is_a_request_to_stop(tmp_path: Path, names, v
     process.communicate()
 
 
+def test_ctrl_c_saves_first_and_ends_when_it_is_said_again(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            assert capfd.readouterr().err == "stopping after a checkpoint; Ctrl-C again stops at once\n"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with StopSignals() as signals:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_are_kept_for_the_next_time_and_handlers_are_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     signals = StopSignals()
