@@ -58,10 +58,7 @@ Out = Annotated[
 ]
 
 
-@evals.command(
-    epilog="Examples: scaler eval knn runs/first --train shards/train --val shards/val --k 10,20 · "
-    "scaler eval knn timm:vit_small_patch14_dinov2 --image-size 224 --train photos/train --val photos/val"
-)
+@evals.command(epilog="Example: scaler eval knn runs/first --train shards/train --val shards/val --k 10,20,100")
 def knn(
     source: Source,
     train: Train,
