@@ -99,31 +99,12 @@ def feature_batches(
 
 
 def extract_features(
-    features_fn: Callable[[Tensor], Tensor],
-    index: ShardIndex,
-    *,
-    view: View,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device | str,
-    world: World,
-    normalization: Normalization = Method.normalization,
-    title: str = "features",
+    features_fn: Callable[[Tensor], Tensor], index: ShardIndex, *, world: World, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Features of all samples of `index`, float32 [n, d], and their labels, int64 [n] (-1: none), on the CPU and the
-    same on every rank, for the n samples that decode; see `extract_part`.
+    same on every rank, for the n samples that decode; `options` and errors are those of `extract_part`.
     """
-    part = extract_part(
-        features_fn,
-        index,
-        view=view,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        world=world,
-        normalization=normalization,
-        title=title,
-    ).part
+    part = extract_part(features_fn, index, world=world, **options).part
     ids, labels, features = (torch.cat(parts) for parts in zip(*world.gather_objects(tuple(part)), strict=True))
     order = ids.argsort()
     return features[order], labels[order]
