@@ -225,7 +225,8 @@ def _zero3(model: Model, trace: Trace, setup: Setup) -> Sides:
 
     def moments() -> Iterator[_Moment]:
         if trace.observe:
-            yield _Moment("observe", part, trace.observe - trace.kept, ahead, bucket)
+            # A short pass between the others: what is ahead of it is gathered, and what is ahead of that is on its way.
+            yield _Moment("observe", part, trace.observe - trace.kept, _FP32 * min(total, 2 * _AHEAD), bucket)
         yield _Moment("forward", part, trace.forward, live + before_forward, bucket)
         for segment in trace.backward:
             yield _Moment("backward", part, segment.peak, live, bucket)
