@@ -7,7 +7,7 @@
 # Needs Python 3.11 or 3.12 with pip, make and g++. Another interpreter: make venv PYTHON=python3.12
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 STAMP := .venv/.installed
@@ -38,7 +38,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a process: the tests start processes of their own. A file's tests stay on one worker and share its fixtures.
+# One thread a process: the tests start processes of their own, and wait for them a good part of the time, so that three
+# workers keep two cores busy. A file's tests stay on one worker and share its fixtures.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

@@ -60,7 +60,7 @@ def smaller(values: dict[str, Any]) -> dict[str, Any]:
         method |= {"head_bottleneck": 24, "teacher_temperature_warmup": "2 steps", "freeze_last_layer": "1 steps"}
     if method["name"] == "simclr":
         method |= {"head_hidden": 48, "head_out": 24}
-    values["data"] |= {"global_batch_size": 16, "image_size": 4 * patch, "num_workers": 1}
+    values["data"] |= {"global_batch_size": 64, "image_size": 4 * patch, "num_workers": 1}
     values["schedule"] |= {"total": "4 steps", "warmup": "1 steps"}
     values["strategy"] |= {"micro_batch_size": None}
     values["checkpoint"] = {"every": "2 steps"}
