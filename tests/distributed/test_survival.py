@@ -190,6 +190,7 @@ def test_a_killed_rank_costs_one_restart_of_the_group_and_not_one_bit(unbroken, 
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@only_long  # of torchrun: test_resume.py
 @pytest.mark.parametrize("launcher", [accelerate, torchrun] if TERMS > 1 else [accelerate])
 def test_sigterm_to_the_launcher_saves_and_the_next_start_goes_on(unbroken, shards, tmp_path, launcher):
     recipe = recipe_for(tmp_path / "run.yaml", shards)

@@ -1,6 +1,6 @@
 """Real trainings over two hosts, started by each launcher: the same curve as one process.
 
-By default two of them; SCALER_TEST_HOSTS=all runs all, and how they end and go on.
+By default one of them; SCALER_TEST_HOSTS=all runs all, and how they end and go on.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def start(host: TestHost, kind: str, folder: Path, *words: str, **options: Any) 
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        ("deepspeed", "zero2"),
+        pytest.param("deepspeed", "zero2", marks=everything),  # tests/test_readme.py starts it, too
         ("accelerate", "fsdp2"),
         pytest.param("accelerate", "zero2", marks=everything),
         pytest.param("accelerate", "ddp", marks=everything),

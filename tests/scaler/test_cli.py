@@ -25,6 +25,7 @@ from scaler.cli import app, main
 from shards.index import ShardIndex
 from shards.order import SampleOrder
 from tests.images import make_image_folder
+from tests.long import only_long
 
 RECIPE = {
     "method": {"name": "simclr", "backbone": "test_vit", "patch_size": 16},
@@ -276,6 +277,7 @@ def test_a_trained_run_can_be_asked_from_any_folder(
     assert "top1" in table and "100.0 %" in table
 
 
+@only_long  # tests/test_readme.py starts two, too
 def test_two_processes_are_started_with_the_recipes_strategy(shards: Path, tmp_path: Path) -> None:
     recipe = {**RECIPE, "data": {**RECIPE["data"], "shards": str(shards), "global_batch_size": 8}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -156,6 +156,7 @@ def test_a_cache_that_cannot_be_is_no_end(folder: Path, tmp_path: Path) -> None:
 
 def test_the_process_that_fetches_may_die(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
+        server.delay = 0.05  # or all may be read before it is missed
         process = start_reading(server.url, tmp_path / "cache")
         while not children(process.pid):
             assert process.running()

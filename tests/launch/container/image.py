@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from tests.launch.container.dockerfile import Stage, carry_out, parse, variables_of
-from tests.launch.container.root import Root, root_over
+from tests.launch.container.root import OWN, Root, root_over
 from tests.machine import children
 from tests.packages import install
 
@@ -115,9 +115,9 @@ def container(built: list[Path] | None = None) -> Iterator[Container]:
     """
     if built is None and (reason := install(_PROGRAMS)) is not None:
         pytest.skip(reason)
-    # An overlay over / does not show what other disks hold.
+    # An overlay over / does not show what other disks hold, nor what lies under a folder that is a root's own.
     ours = () if built else (ROOT, Path(sys.prefix), Path(sys.base_prefix))
-    mounted = [path for path in ours if path.stat().st_dev != Path("/").stat().st_dev]
+    mounted = [path for path in ours if path.stat().st_dev != Path("/").stat().st_dev or path.parts[1] in OWN]
     with root_over(built or [Path("/")], mounted=mounted) as root:
         user = _USER_ID if built else dress(root)
         root.freeze("/home/scaler", "/runs")
@@ -138,6 +138,7 @@ def dress(root: Root, *, user_id: str = _USER_ID) -> str:
     )
     root.path("/opt/scaler").symlink_to(sys.prefix)
     for place in (sys.prefix, os.path.realpath(sys.executable), str(ROOT)):
-        for folder in Path(place).parents:
-            root.path(str(folder)).chmod(0o755)
+        for folder in map(root.path, map(str, Path(place).parents)):
+            if folder.stat().st_mode & 0o005 != 0o005:  # what is mounted cannot be changed
+                folder.chmod(0o755)
     return user

@@ -27,6 +27,7 @@ import pytest
 from tests.packages import PATH
 
 OUTER = "10.9.8.7"  # the address that is not loopback
+OWN = frozenset(("proc", "sys", "dev", "tmp", "run"))  # folders that each root has for itself
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
