@@ -156,12 +156,13 @@ def test_a_cache_that_cannot_be_is_no_end(folder: Path, tmp_path: Path) -> None:
 
 def test_the_process_that_fetches_may_die(folder: Path, tmp_path: Path) -> None:
     with faulty_server(folder) as server:
-        server.delay = 0.05  # or all may be read before it is missed
+        server.delay = 0.2  # or all may be read by the time that it is killed
         process = start_reading(server.url, tmp_path / "cache")
         while not children(process.pid):
             assert process.running()
             time.sleep(0.05)
         os.kill(children(process.pid)[0], signal.SIGKILL)
+        server.delay = 0.0
         assert "the process that fetches shards ahead has ended (-9)" in process.read_to_end(folder)
 
 

@@ -16,7 +16,7 @@ from tests.scaler.test_cli import scaler
 LINUX = sys.platform == "linux"
 
 
-@pytest.mark.parametrize(("method", "size"), [("simclr", 2500), ("dinov2", 16)])
+@pytest.mark.parametrize(("method", "size"), [("simclr", 1500), ("dinov2", 16)])
 def test_all_have_the_same_gradients_and_ours_the_least_memory(
     method: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -27,7 +27,7 @@ def test_all_have_the_same_gradients_and_ours_the_least_memory(
     for name, row in rows.items():
         assert row["seconds"] > 0 < row["times"] and row["difference"] < 1e-5
         if LINUX and name != OURS:
-            assert rows[OURS]["peak_bytes"] < 0.25 * row["peak_bytes"]
+            assert rows[OURS]["peak_bytes"] < 0.4 * row["peak_bytes"]  # so small that allocators' slack counts
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(as_table(result))
     text = console.export_text()
