@@ -247,6 +247,7 @@ def test_a_rank_whose_loader_hangs_is_named_and_the_group_starts_again(unbroken,
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@only_long
 def test_the_network_of_a_host_is_cut_for_some_seconds(unbroken, shards, tmp_path):
     """The run goes on as if nothing had been, be it that TCP outlives the cut or that the group starts again."""
     recipe = recipe_for(tmp_path / "run.yaml", shards, run={"timeout_minutes": 1})
@@ -306,6 +307,7 @@ def test_half_of_the_machines_are_lost_and_the_rest_goes_on_alone(unbroken, shar
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
+@only_long
 def test_ranks_among_whom_the_batch_does_not_divide_idle_and_end_with_the_others(shards, tmp_path):
     short = {"data": {"global_batch_size": 16, "num_workers": 0}, "schedule": {"total": "12 steps"}}
     recipe = recipe_for(tmp_path / "run.yaml", shards, **short, strategy={"min_ranks": 2, "micro_batch_size": 5})

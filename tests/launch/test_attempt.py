@@ -13,6 +13,7 @@ import pytest
 
 from launch.attempt import run_attempt
 from scaler.train import EXIT_CODES
+from tests.long import only_long
 
 SAY = 'printf %s "$1" > exit.json; exit $2'
 STOPPED, FAILED = '{"reason": "signal", "requeue": true}', '{"reason": "error", "requeue": false}'
@@ -28,6 +29,7 @@ def test_the_word_of_the_training_counts(
     assert EXIT_CODES["signal"] == 75
 
 
+@only_long
 def test_the_word_of_an_earlier_attempt_does_not(tmp_path: Path) -> None:
     (tmp_path / "exit.json").write_text(STOPPED)
     assert run_attempt(tmp_path, [sys.executable, "-c", "raise SystemExit(3)"]) == 3

@@ -157,6 +157,7 @@ def test_an_evicted_pod_saves_and_the_run_ends_as_the_unbroken_one(shards: Path,
     assert len(rows(run_dir)) == STEPS
 
 
+@only_long
 def test_a_failure_before_the_training_is_none_to_repeat_for_free(shards: Path, tmp_path: Path) -> None:
     """exit.json of an earlier attempt asks for a restart, but this attempt comes to nothing."""
     recipe = recipe_for(tmp_path / "recipe.yaml", shards)
