@@ -105,7 +105,7 @@ def _ddp(model: Model, trace: Trace, setup: Setup) -> Sides:
     def moments() -> Iterator[_Moment]:
         yield _Moment("observe", buckets, trace.observe - trace.kept)
         yield _Moment("forward", buckets + early, trace.forward)
-        for segment, done in _backward(model, trace):
+        for segment, done in _backward(trace):
             beside = sum(w.numel for name, w in model.weights.items() if name in trace.early and name not in done)
             made = 0 if buckets else sum(model.weights[name].numel for name in done)
             yield _Moment("backward", buckets + _FP32 * (beside + made), segment.peak)
@@ -247,7 +247,7 @@ def _held(model: Model, weights: Callable[[Weight], int], states: Callable[[Weig
     }
 
 
-def _backward(model: Model, trace: Trace) -> Iterator[tuple[Segment, set[str]]]:
+def _backward(trace: Trace) -> Iterator[tuple[Segment, set[str]]]:
     """Each stretch of the backward, and the parameters whose gradients were done before it (the set grows)."""
     done: set[str] = set()
     for segment in trace.backward:
