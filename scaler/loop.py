@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,20 +12,22 @@ import torch
 
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import Agreement, World
+from scaler.late import Late
 from scaler.layout import Layout
 from scaler.machine import MachineMeter
 from scaler.methods.base import Batch, Method
 from scaler.metrics import MetricsLog
 from scaler.optimizers import set_hyper
+from scaler.pauses import short_pauses
 from scaler.prefetch import on_device
 from scaler.rejections import Rejections
 from scaler.signals import StopSignals
+from scaler.step import Metrics, training_step
 from scaler.strategies import Strategy
 from scaler.throughput import Throughput
 from scaler.timetable import Timetable
 from scaler.validation import Validation
 from scaler.watch import Watch
-from shards.random import keyed_bits
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def train(
         NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
         ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
-    batches, meter, agreement = on_device(loader, device), Throughput(), Agreement(world, count=3)
-    began, nonfinite, stop, saved_at, last_save = progress.step, 0, 0, progress.step, time.monotonic()
+    batches, meter = on_device(loader, device), Throughput()
+    agreement, outcomes = Agreement(world, count=4), Late(device)
+    began, stop, saved_at, last_save = progress.step, 0, progress.step, time.monotonic()
+    nonfinite = hopeless = 0  # steps in a row that failed, and the last of them where they are too many
     timetable, exhausted = plan.timetable, validation is not None and validation.exhausted
 
     def save() -> None:
@@ -90,13 +93,24 @@ def train(
         checkpointer.save(step=progress.step, pieces=strategy.pieces(), info=checkpoint_info(), best=best)
         saved_at, last_save = progress.step, time.monotonic()
 
-    with signals:
+    def judge(known: list[tuple[int, bool]]) -> None:
+        nonlocal nonfinite, hopeless
+        for step, failed in known:
+            nonfinite = nonfinite + 1 if failed else 0
+            hopeless = hopeless or (step if nonfinite == plan.max_nonfinite else 0)
+            if failed:
+                log.note(
+                    f"step {step}: the loss or gradient is not finite; the step was not taken "
+                    f"(its samples: scaler batch RUN --step {step})"
+                )
+
+    with signals, short_pauses() as settle:
         while progress.step < timetable.stop and not exhausted:
             step = progress.step
             stage, hyper = timetable.stage(step), timetable.hyper(method, step)
             set_hyper(strategy.optimizer, hyper)
 
-            # Data: this rank's micro-batches of the global batch, augmented on the device.
+            # Data: this rank's micro-batches of the global batch.
             watch.beat("data", step=step + 1)
             with meter.waiting():
                 raw = list(itertools.islice(batches, plan.layouts[stage.global_batch_size].num_micro_batches))
@@ -104,55 +118,20 @@ def train(
             for batch in raw:
                 meter.add_stages(batch)
 
-            @functools.lru_cache(maxsize=1)  # one micro-batch of floats at a time; a single one is kept
-            def prepare(i: int, raw: list[Batch] = raw, step: int = step) -> Batch:
-                with meter.stage("augment", device):
-                    return method.augment(raw[i], seed=plan.seed, step=step)
+            # Augmentation, targets from the whole global batch, gradients, the update and what follows it.
+            def at(phase: str, step: int = step) -> None:
+                watch.beat(phase, step=step + 1)
+                meter.at(phase, device)
 
-            # Targets that depend on the whole global batch.
-            targets: list[Any] = [None] * len(raw)
-            if method.observes(len(raw)):
-                observations = []
-                for i in range(len(raw)):
-                    watch.beat("observe", step=step + 1)
-                    reseed(plan.seed, step, world.rank, i)
-                    observations.append(strategy("observe", prepare(i), hyper))
-                watch.beat("combine", step=step + 1)
-                targets = strategy("combine", observations, hyper)
-
-            # Gradients, micro-batch by micro-batch.
-            metrics = []
-            for i, target in enumerate(targets):
-                watch.beat("learn", step=step + 1)
-                reseed(plan.seed, step, world.rank, i)
-                with strategy.accumulate(last=i == len(raw) - 1):
-                    out = strategy("learn", prepare(i), target, hyper)
-                    watch.beat("backward", step=step + 1)
-                    strategy.backward(nan_unless_finite(out["loss"]) / len(raw))
-                metrics.append(out["metrics"])
-
-            # The update, and what follows it (the teacher).
-            watch.beat("update", step=step + 1)
-            result = strategy.step()
-            if result.taken:
-                method.after_step(hyper, strategy.lerp_)
+            metrics, result = training_step(method, strategy, raw, hyper, seed=plan.seed, step=step, at=at)
             progress.step, progress.images = step + 1, progress.images + stage.global_batch_size
             meter.add(stage.global_batch_size)
+            outcomes.put(progress.step, result.failed)
+            judge(outcomes.known())
 
             if step == began:  # what was engaged, and its memory: gradients and activations are known by now
                 log.describe(strategy.report(), memory=world.gather_objects(strategy.memory()))
-
-            # A step that was not taken, for another reason than the fp16 scale that is still looking for its value.
-            nonfinite = 0 if result.taken or not strategy.loss_scale.exhausted else nonfinite + 1
-            if nonfinite:
-                log.note(
-                    f"step {step + 1}: the loss or gradient is not finite; the step was not taken "
-                    f"(its samples: scaler batch RUN --step {step + 1})"
-                )
-            if nonfinite == plan.max_nonfinite:
-                agreement.last()
-                checkpointer.wait()
-                raise NonFinite(first=step + 2 - nonfinite, last=step + 1)
+                settle()
 
             # Held-out images; training goes on as if it had not been interrupted.
             scores: dict[str, float] = {}
@@ -167,11 +146,12 @@ def train(
                 row: dict[str, Any] = {"step": progress.step, "images": progress.images}
                 if timetable.num_samples is not None:
                     row["epoch"] = progress.images / timetable.num_samples
-                means, pending = reduce_metrics(metrics, rejections.pending, world)
-                row |= {**means, **scores, **hyper, "grad_norm": result.grad_norm}
+                norms = {"grad_norm": result.grad_norm}
                 if len(result.module_norms) > 1:
-                    row |= {f"grad_norm/{name}": norm for name, norm in result.module_norms.items()}
-                row |= strategy.loss_scale.report()
+                    norms |= {f"grad_norm/{name}": norm for name, norm in result.module_norms.items()}
+                norms |= strategy.loss_scale.report()
+                means, known, pending = read_metrics(metrics, norms, rejections.pending, world)
+                row |= {**means, **scores, **hyper, **known}
                 row |= {**meter.read(), **machine.read(), "rejected": rejections.count + pending}
                 log.log(row)
                 log.progress(progress.step, row)
@@ -181,19 +161,30 @@ def train(
             # What all ranks do together, one step after the first of them wanted it.
             watch.beat("agree", step=step + 1)
             due = bool(plan.save_minutes) and time.monotonic() - last_save > 60 * plan.save_minutes
-            stop, clock_due, rejected = agreement.exchange([signals.received, int(due), rejections.pending])
+            flags = [signals.received, int(due), rejections.pending, hopeless]
+            stop, clock_due, rejected, lost = agreement.exchange(flags)
             if rejected:
                 rejections.exchange(log)
+            if lost:
+                agreement.last()
+                checkpointer.wait()
+                raise NonFinite(first=lost + 1 - plan.max_nonfinite, last=lost)
             if stop:
                 break
             step_due = plan.save_every is not None and timetable.due(plan.save_every, progress.step)
             best_due = validation is not None and bool(scores) and validation.best_step == progress.step
-            if (clock_due or step_due or best_due) and not nonfinite:  # a fault may have left its mark on buffers too
-                save()
+            if clock_due or step_due or best_due:
+                judge(outcomes.wait())
+                if not nonfinite:  # a fault may have left its mark on buffers too
+                    save()
             checkpointer.check()
 
         watch.beat("end", step=progress.step)
         agreement.last()
+        judge(outcomes.wait())
+        if hopeless:
+            checkpointer.wait()
+            raise NonFinite(first=hopeless + 1 - plan.max_nonfinite, last=hopeless)
         if saved_at != progress.step or progress.step == 0:
             save()
         checkpointer.wait()
@@ -213,18 +204,13 @@ class NonFinite(ValueError):
         )
 
 
-def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """The loss, with gradients that are not finite either where it is not, so that no rank takes the step."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-
-
-def reseed(seed: int, step: int, rank: int, micro_batch: int) -> None:
-    """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
-    torch.manual_seed(int(keyed_bits("torch", seed, step, rank, micro_batch)))
-
-
-def reduce_metrics(metrics: list[dict[str, torch.Tensor]], count: int, world: World) -> tuple[dict[str, float], int]:
-    """Means over micro-batches and ranks of what `learn` returned, and the sum of `count`; one collective."""
+def read_metrics(
+    metrics: list[Metrics], known: Metrics, count: int, world: World
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Means over micro-batches and ranks of what `learn` returned, the values that all ranks know already, and the sum
+    of `count`; one collective, and the only time that a step waits for the device."""
     values = torch.stack([torch.stack([m[name].double() for name in metrics[0]]) for m in metrics]).mean(dim=0)
-    totals = world.sum_(torch.cat([values, values.new_tensor([count])])).tolist()
-    return dict(zip(metrics[0], (total / world.size for total in totals[:-1]), strict=True)), int(totals[-1])
+    totals = world.sum_(torch.cat([values, torch.full_like(values[:1], count)]))
+    numbers = torch.cat([totals, torch.stack([value.double() for value in known.values()])]).tolist()
+    means = {name: total / world.size for name, total in zip(metrics[0], numbers, strict=False)}
+    return means, dict(zip(known, numbers[len(values) + 1 :], strict=True)), int(numbers[len(values)])

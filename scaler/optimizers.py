@@ -3,8 +3,10 @@
     optimizer = build_optimizer(recipe.optim, method.parameter_groups(recipe.optim))
     set_hyper(optimizer, {"lr": 0.3, "weight_decay": 1e-6})          # before every step
 
-AdamW and SGD are torch's. LARS is written here, because its norms are over whole parameters and have to stay so when
-FSDP2 leaves only a shard of each on this rank.
+AdamW and SGD are torch's fused ones. LARS is written here, because its norms are over whole parameters and have to stay
+so when FSDP2 leaves only a shard of each on this rank. All three leave everything as it is where their `found_inf` (an
+attribute that torch.amp's GradScaler has established) is 1 on the device: nobody has to wait for the gradient's norm to
+know whether a step can be taken.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim.sgd import sgd
 
 if TYPE_CHECKING:
     from scaler.recipe import Optim
@@ -47,12 +50,9 @@ def build_optimizer(settings: Optim, groups: Iterable[dict[str, Any]]) -> torch.
     if len({id(p) for p in params}) != len(params):
         raise ValueError("a parameter is in two optimiser groups; each belongs to exactly one")
     if settings.name == "adamw":
-        fused = all(p.is_cuda for p in params)
-        return torch.optim.AdamW(
-            kept, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused, foreach=not fused
-        )
+        return torch.optim.AdamW(kept, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
     if settings.name == "sgd":
-        return torch.optim.SGD(kept, lr=settings.lr, momentum=settings.momentum, foreach=True)
+        return SGD(kept, lr=settings.lr, momentum=settings.momentum, fused=True)
     if settings.name == "lars":
         return LARS(kept, lr=settings.lr, momentum=settings.momentum, eta=settings.eta)
     raise ValueError(f"no optimiser {settings.name!r}; valid names: adamw, sgd, lars")
@@ -65,6 +65,30 @@ def set_hyper(optimizer: torch.optim.Optimizer, hyper: Mapping[str, float]) -> N
         group["weight_decay"] = hyper["weight_decay"] * group["weight_decay_scale"]
 
 
+class SGD(torch.optim.SGD):
+    """torch's fused SGD on the local parts of DTensors, for which its kernel has no rule; elements are independent."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params if group["momentum"] else ():
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            sgd(
+                [_local(p) for p in params],
+                [_local(p.grad) for p in params],
+                [_local(self.state[p]["momentum_buffer"]) if group["momentum"] else None for p in params],
+                **{key: group[key] for key in _SGD},
+                found_inf=getattr(self, "found_inf", None),
+            )
+
+
+_SGD = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "fused")
+
+
 class LARS(torch.optim.Optimizer):
     """SGD whose step is proportional to the norm of each parameter (You et al., arXiv 1708.03888), as SimCLR uses it.
 
@@ -75,6 +99,8 @@ class LARS(torch.optim.Optimizer):
 
     The lr is inside the momentum ("classical" momentum), so a change of lr does not rescale the past; the norm in the
     denominator is that of the decayed gradient, as in SimCLR's code, not |grad| + weight_decay * |w|.
+
+    `found_inf`, if set, is float32 [] on the device of the gradients: with 1 nothing moves, whatever the gradients are.
 
     State: `momentum_buffer` for every parameter, of its shape and placement. DTensor shards get the norms of the whole
     parameters by one all-reduce a step and mesh axis.
@@ -95,6 +121,7 @@ class LARS(torch.optim.Optimizer):
                 f"LARS needs lr >= 0, 0 <= momentum < 1, weight_decay >= 0, eta > 0;"
                 f" got lr={lr}, momentum={momentum}, weight_decay={weight_decay}, eta={eta}"
             )
+        self.found_inf: Tensor | None = None
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": adapt}
         super().__init__(params, defaults)
 
@@ -108,8 +135,11 @@ class LARS(torch.optim.Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         work = [(group, params) for group, params in work if params]
         decayed = []
+        bad = None if self.found_inf is None else self.found_inf.bool()
         for group, params in work:
             grads = [_local(p.grad) for p in params]
+            if bad is not None:
+                grads = [torch.where(bad, 0.0, g) for g in grads]
             if group["weight_decay"] != 0:
                 grads = list(torch._foreach_add(grads, [_local(p) for p in params], alpha=group["weight_decay"]))
             decayed.append(grads)
@@ -120,14 +150,20 @@ class LARS(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [_local(self.state[p]["momentum_buffer"]) for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
+            lr: Any = group["lr"]
+            if bad is None:
+                torch._foreach_mul_(buffers, group["momentum"])
+            else:
+                torch._foreach_mul_(buffers, torch.where(bad, 1.0, group["momentum"]))
+                lr = torch.where(bad, 0.0, lr)
             if group["adapt"]:
                 mine, norms = norms[: len(params)], norms[len(params) :]
                 trust = torch.where((mine > 0).all(1), group["eta"] * mine[:, 0] / mine[:, 1], 1.0)
-                torch._foreach_add_(buffers, torch._foreach_mul(grads, list((group["lr"] * trust).unbind())))
+                torch._foreach_add_(buffers, torch._foreach_mul(grads, list((lr * trust).unbind())))
             else:
-                torch._foreach_add_(buffers, grads, alpha=group["lr"])
-            torch._foreach_sub_([_local(p) for p in params], buffers)
+                torch._foreach_add_(buffers, torch._foreach_mul(grads, lr))
+            steps = buffers if bad is None else list(torch._foreach_mul(buffers, (~bad).to(buffers[0].dtype)))
+            torch._foreach_sub_([_local(p) for p in params], steps)
         return loss
 
 

@@ -4,8 +4,7 @@
     with meter.waiting():
         batch = next(loader)
     meter.add_stages(batch)                                  # of the loader's worker: read, decode, resize
-    with meter.stage("augment", device):
-        batch = method.augment(batch, seed=0, step=0)
+    training_step(…, at=lambda phase: meter.at(phase, device))
     meter.add(256)                                           # a step of so many images
     row = meter.read()
     if waited(row, supply) > 0.2:
@@ -31,6 +30,7 @@ import torch
 from shards.resize import cut, cut_with_torch
 
 _WORKER_STAGES = {"read": "reading", "decode": "decoding", "resize": "cropping and resizing"}
+_PHASES = frozenset({"augment"})  # of a step, whose time is told; it is over when the next one begins
 _FULL = 0.8  # of a step: a copy that takes longer is what the step waits for
 _DEVICE_STAGES = {
     "transfer": (
@@ -47,6 +47,13 @@ _DEVICE_STAGES = {
 _HEADROOM = 1.25  # a loader that is faster than the step by so much is not what the step waits for
 
 
+def _event() -> torch.cuda.Event:
+    """One that the current stream has just recorded."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Throughput:
     """Wall-clock meter: images per second, the fraction of time spent waiting for data, and seconds by stage."""
 
@@ -54,6 +61,7 @@ class Throughput:
         self._images, self._steps, self._waited, self._since = 0, 0, 0.0, time.perf_counter()
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: tuple[str, torch.cuda.Event | float] | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -73,22 +81,21 @@ class Throughput:
         finally:
             self._since += time.perf_counter() - start
 
-    @contextlib.contextmanager
-    def stage(self, name: str, device: torch.device) -> Iterator[None]:
-        """Count what the current stream of a GPU does for the inside of the `with`, or the CPU's time there.
+    def at(self, phase: str, device: torch.device) -> None:
+        """Told what phase of a step begins, count how long those of `_PHASES` last: on the current stream of a GPU, or
+        in the CPU's time.
 
         Nothing waits for the device: its times are read when they are known.
         """
-        if device.type != "cuda":
-            began = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - began
-            return
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        yield
-        last.record()
-        self._events.append((name, first, last))
+        if self._open is not None:
+            name, mark = self._open
+            self._open = None
+            if isinstance(mark, float):
+                self._seconds[name] += time.perf_counter() - mark
+            else:
+                self._events.append((name, mark, _event()))
+        if phase in _PHASES:
+            self._open = (phase, _event() if device.type == "cuda" else time.perf_counter())
 
     def add_stages(self, batch: Mapping[str, Any]) -> None:
         """Count what a micro-batch brings along: the `seconds` of its worker by stage, and from a GPU `transfer`, the

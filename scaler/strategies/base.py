@@ -49,12 +49,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of an optimiser step: the gradient's norm before clipping, of the whole model and of each module that is
-    clipped by itself, and whether the step was taken."""
+    """Outcome of an optimiser step, scalars on the device, so that nobody has to wait for them.
 
-    grad_norm: float
-    module_norms: dict[str, float]
-    taken: bool
+    Attributes:
+        grad_norm: the gradient's norm before clipping.
+        module_norms: the same of each module that is clipped by itself.
+        taken: whether the weights were changed, bool: not where the norm is not finite.
+        failed: whether they were not, and not because the fp16 scale is still looking for its value, bool.
+    """
+
+    grad_norm: Tensor
+    module_norms: dict[str, Tensor]
+    taken: Tensor
+    failed: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Strategy:
         self.settings, self.world, self.device = settings, world, device
         self.clip_norm, self.deterministic = clip_norm, deterministic
         self.dtype = DTYPES[settings.precision]
-        self.loss_scale = LossScale(enabled=settings.precision == "fp16")
+        self.loss_scale = LossScale(enabled=settings.precision == "fp16", device=device)
         self.shard_world = world  # the ranks that hold one copy of the model between them
         self.method: Method
         self.module: nn.Module
@@ -169,7 +176,10 @@ class Strategy:
 
     @torch.no_grad()
     def step(self) -> StepResult:
-        """Clip per module, take the optimiser step unless a gradient is not finite, and clear the gradients."""
+        """Clip per module, take the optimiser step unless a gradient is not finite, and clear the gradients.
+
+        Whether they are finite only the device knows: the step is masked there.
+        """
         gradients = self.gradients()
         if not self._gradient_bytes:
             self._gradient_bytes = storage_bytes(g for tensors in gradients.values() for g in tensors)
@@ -177,17 +187,19 @@ class Strategy:
         if self.sharded:
             self.shard_world.sum_(squares)
         norms = squares.sqrt() / self.loss_scale.value
-        total, *parts = torch.stack([norms.square().sum().sqrt(), *norms]).tolist()
-        taken = total < float("inf")
-        if taken and (self.clip_norm is not None or self.loss_scale.enabled):
+        total = norms.square().sum().sqrt()
+        finite = total.isfinite()
+        if self.clip_norm is not None or self.loss_scale.enabled:
             limit = float("inf") if self.clip_norm is None else self.clip_norm
             factors = (limit / (norms + 1e-6)).clamp(max=1.0) / self.loss_scale.value
+            factors = torch.where(finite, factors, float("nan"))  # so that DeepSpeed, which looks itself, agrees
             for tensors, factor in zip(gradients.values(), factors, strict=True):
                 if tensors:
                     torch._foreach_mul_(tensors, factor.to(tensors[0].device))
-        self.update(taken=taken)
+        taken = self.update(finite)
         self.loss_scale.update(finite=taken)
-        return StepResult(grad_norm=total, module_norms=dict(zip(gradients, parts, strict=True)), taken=taken)
+        module_norms = dict(zip(gradients, norms, strict=True))
+        return StepResult(total, module_norms, taken=taken, failed=~taken & self.loss_scale.exhausted)
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """This rank's part of every gradient that the next update uses, by the module that it is clipped with."""
@@ -198,11 +210,13 @@ class Strategy:
                     found[group.clip].append(local_shard(parameter.grad))
         return found
 
-    def update(self, *, taken: bool) -> None:
-        """Take the optimiser step (or not), and clear the gradients."""
-        if taken:
-            self.optimizer.step()
+    def update(self, finite: Tensor) -> Tensor:
+        """Take the optimiser step where `finite`, bool [], and clear the gradients; returns whether it was taken."""
+        place = self.optimizer.param_groups[0]["params"][0].device  # host memory, where parameters are offloaded
+        self.optimizer.found_inf = (~finite).float().to(place)  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return finite
 
     @torch.no_grad()
     def lerp_(self, targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:

@@ -87,10 +87,10 @@ class Zero(Strategy):
         """See `Strategy.backward`."""
         self.engine.backward(self.loss_scale.scale(loss))
 
-    def update(self, *, taken: bool) -> None:
-        """See `Strategy.update`; DeepSpeed's own step finds the same gradients finite, or discards them."""
+    def update(self, finite: Tensor) -> Tensor:
+        """See `Strategy.update`; DeepSpeed's own step looks (on the host) at the same gradients, and discards them."""
         self.engine.step()
-        assert self.engine.was_step_applied() == taken, (self.engine.was_step_applied(), taken)
+        return torch.full_like(finite, bool(self.engine.was_step_applied()))
 
     # ------------------------------------------------------------------ state and report
 
@@ -255,15 +255,16 @@ class Zero3(Zero):
                     found[clip].append(gradient.view(-1)[: self._count(parameter)])
         return found
 
-    def update(self, *, taken: bool) -> None:
+    def update(self, finite: Tensor) -> Tensor:
         """See `Strategy.update`.
 
         The gradient partitions are zeroed, since a parameter that is not reached by a backward keeps the old ones.
         """
         used = [g for group in self.zero.averaged_gradients.values() for g in group or ()]
-        super().update(taken=taken)
+        taken = super().update(finite)
         if used:
             torch._foreach_zero_(used)
+        return taken
 
     def piece(self, tensor: Any) -> Piece:
         """See `Strategy.piece`."""

@@ -60,6 +60,29 @@ def test_lars_follows_its_formula(seed: int, momentum: float, decay: float, eta:
     assert optimizer.state[w]["momentum_buffer"].shape == w.shape
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_step_that_is_masked_on_the_device_leaves_everything_as_it_is(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4)
+    groups = [
+        {"params": [p], "names": [n], "clip": "model", **({"adapt": n == "weight"} if name == "lars" else {})}
+        for n, p in model.named_parameters()
+    ]
+    optimizer = build_optimizer(Optim(name=name, lr=0.1, momentum=0.9, weight_decay=0.1), groups)
+    for found_inf in (0.0, 1.0, 0.0):
+        before = copy.deepcopy([*model.parameters(), *optimizer.state.values()])
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan") if found_inf else 1.0)
+        optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+        optimizer.step()
+        after = [*model.parameters(), *optimizer.state.values()]
+        if found_inf:
+            assert str(after) == str(before) and len(after) == 4
+        else:
+            assert str(after) != str(before)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_lars_equals_lightlys_where_the_conventions_meet() -> None:
     # at a constant lr, and at a weight decay too small to tell |g + d w| from |g| + d |w| (0 switches lightly's off)
     generator = torch.Generator().manual_seed(0)

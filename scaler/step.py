@@ -1,0 +1,92 @@
+"""One training step, in time order: as the loop takes it, and as benchmarks and plans measure it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaler.methods.base import Batch, Hyper, Method
+from scaler.strategies import StepResult, Strategy
+from shards.random import keyed_bits
+
+Metrics = dict[str, Tensor]
+
+
+def training_step(
+    method: Method,
+    strategy: Strategy,
+    raw: Sequence[Batch],
+    hyper: Hyper,
+    *,
+    seed: int,
+    step: int,
+    at: Callable[[str], None] = lambda phase: None,
+) -> tuple[list[Metrics], StepResult]:
+    """Learn from one global batch: this rank's micro-batches of it, in their order, and one update.
+
+    Nothing in it waits for the device (DeepSpeed's own steps excepted), so that a GPU always has work queued.
+
+    Args:
+        method: that the strategy has prepared.
+        raw: the micro-batches as the loader gives them, on the training device.
+        hyper: the scheduled values of this step; the optimiser has its own of them (`set_hyper`).
+        seed, step: key every random draw.
+        at: is told what begins: augment, observe, combine, learn, backward, update, average; some come several times.
+
+    Returns:
+        What `learn` measured of every micro-batch, detached scalars on the device, and the update's outcome.
+    """
+
+    @functools.lru_cache(maxsize=1)  # one micro-batch of floats at a time; a single one is kept
+    def augmented(i: int) -> Batch:
+        at("augment")
+        return method.augment(raw[i], seed=seed, step=step)
+
+    def key_torch(i: int) -> None:
+        """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
+        torch.manual_seed(int(keyed_bits("torch", seed, step, strategy.world.rank, i)))
+
+    # Targets that depend on the whole global batch.
+    targets: list[Any] = [None] * len(raw)
+    if method.observes(len(raw)):
+        observations = []
+        for i in range(len(raw)):
+            batch = augmented(i)
+            at("observe")
+            key_torch(i)
+            observations.append(strategy("observe", batch, hyper))
+        at("combine")
+        targets = strategy("combine", observations, hyper)
+        del observations
+
+    # Gradients, micro-batch by micro-batch; each one's target is let go of after it.
+    metrics = []
+    for i in range(len(raw)):
+        batch = augmented(i)
+        at("learn")
+        key_torch(i)
+        with strategy.accumulate(last=i == len(raw) - 1):
+            out = strategy("learn", batch, targets[i], hyper)
+            metrics.append(out["metrics"])
+            loss, targets[i] = nan_unless_finite(out.pop("loss")) / len(raw), None
+            del batch
+            at("backward")
+            strategy.backward(loss)
+            del loss
+    augmented.cache_clear()
+
+    # The update, and what follows it (the teacher).
+    at("update")
+    result = strategy.step()
+    at("average")
+    method.after_step(hyper, strategy.lerp_)
+    return metrics, result
+
+
+def nan_unless_finite(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are not finite either where it is not, so that no rank takes the step."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
