@@ -179,13 +179,13 @@ def trace_step(
     augmented = method.augment(raw, seed=recipe.run.seed, step=0)
     segments: list[Segment] = []
     with FakeTensorMode():
-        _make_fake_(method, dtype=DTYPES[settings.precision] if gathered else None)
+        make_fake_(method, dtype=DTYPES[settings.precision] if gathered else None)
         strategy = _Bare(settings, world=World(), device=_CPU, clip_norm=None, deterministic=False)
         calls: Counter[int] = Counter()
         for number, block in enumerate(method.blocks()):
             block.register_forward_pre_hook(_counting(calls, number))
         strategy.prepare(method)
-        batch = tree_map(_fake, augmented)
+        batch = tree_map(fake, augmented)
         memory, flops = LiveBytes(), Flops()
 
         def note(name: str) -> Callable[[Tensor], None]:
@@ -247,7 +247,7 @@ def _counting(calls: Counter[int], number: int) -> Callable[..., None]:
     return count
 
 
-def _make_fake_(module: nn.Module, *, dtype: torch.dtype | None) -> None:
+def make_fake_(module: nn.Module, *, dtype: torch.dtype | None) -> None:
     """Replace parameters and buffers on the meta device by fake ones on the CPU."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -259,7 +259,8 @@ def _make_fake_(module: nn.Module, *, dtype: torch.dtype | None) -> None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _fake(value: Any) -> Any:
+def fake(value: Any) -> Any:
+    """A fake tensor on the CPU like the one given; anything else as it is."""
     return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
