@@ -39,9 +39,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # One thread a process: the tests start processes of their own, and wait for them a good part of the time, so that three
-# workers keep two cores busy. A file's tests stay on one worker and share its fixtures.
+# workers keep two cores busy. A file's tests stay on one worker and share its fixtures; tests/conftest.py orders the files.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lock: $(STAMP)
 	$(BIN)/python -m tests.lock $(UPGRADE)

@@ -1,0 +1,23 @@
+"""The order of the test files: those that take minutes come first, so that no worker is left alone with one at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+MINUTES = (
+    "tests/test_readme.py",
+    "tests/distributed/",
+    "tests/scaler/methods/dinov2/test_strategies.py",
+    "tests/scaler/plan/",
+    "tests/launch/",
+    "tests/scaler/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by the first prefix that fits; files of one prefix stay in their order."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, prefix in enumerate(MINUTES) if item.nodeid.startswith(prefix)), len(MINUTES))
+
+    items.sort(key=place)
