@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from scaler.methods import METHODS, method_class
+from scaler.methods import METHODS, method_settings
 from scaler.nested import flatten
 from scaler.schedules import Duration
 from shards.cache import ShardCache
@@ -160,8 +160,12 @@ class StrategySettings(Section):
     name: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the launcher's, else fp32")
     micro_batch_size: int | None = Field(None, gt=0, description="images per forward and rank; null: no accumulation")
-    activation_checkpointing: Literal["none", "blocks"] | Annotated[int, Field(ge=0)] = "none"
-    compile: bool = Field(False, description="torch.compile each block")
+    activation_checkpointing: Literal["none", "selective", "blocks"] | Annotated[int, Field(ge=0)] = Field(
+        "none",
+        description="for their backward, blocks keep all, selective: the outputs of matrix products and attention, "
+        "blocks: their inputs alone; a number: so many blocks their inputs alone, the others all",
+    )
+    compile: bool = Field(False, description="torch.compile the blocks, each kind of them once")
     reshard_after_forward: bool = Field(True, description="FSDP2: free a block's weights after its forward")
     cpu_offload: bool = Field(False, description="FSDP2: keep shards in host memory")
     shard_group: Literal["all", "node"] | Annotated[int, Field(gt=0)] = Field(
@@ -295,7 +299,7 @@ def recipe_schema() -> dict[str, Any]:
     """JSON schema of a recipe for editors. Nothing but `method.name` is required, since what a file leaves out may be
     given on the command line."""
     schema = Recipe.model_json_schema()
-    methods = {name: method_class(name).Settings.model_json_schema(ref_template="#/$defs/{model}") for name in METHODS}
+    methods = {name: method_settings(name).model_json_schema(ref_template="#/$defs/{model}") for name in METHODS}
     for name, method in methods.items():
         schema["$defs"].update(method.pop("$defs", {}))
         method["properties"]["name"] = {"const": name}  # by which an editor knows which keys are valid
@@ -306,16 +310,13 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def override_words(start: str) -> list[str]:
-    """What an override that begins with `start` may become: `section.key=`, or `section.key=value` for each of few.
-
-    The keys of `method` are looked up only for a start that wants them: their methods bring torch, which takes seconds.
-    """
+    """What an override that begins with `start` may become: `section.key=`, or `section.key=value` for each of few."""
     models: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "method"}
     found = [
         (f"{section}.{key}", field) for section, model in models.items() for key, field in model.model_fields.items()
     ]
     if start.startswith("method."):
-        settings = [method_class(name).Settings for name in METHODS]
+        settings = [method_settings(name) for name in METHODS]
         found += [(f"method.{key}", field) for model in settings for key, field in model.model_fields.items()]
     words = [f"{key}=" for key, _ in found] + ["method."]
     if "=" in start:
@@ -416,7 +417,7 @@ def _parse_method(values: Any, *, source: str) -> BaseModel:
     name = values.get("name") if isinstance(values, dict) else None
     if name not in METHODS:
         raise ValueError(f"{source}: method.name: no method {name!r}; {nearest(str(name), list(METHODS))}")
-    settings = method_class(name).Settings
+    settings = method_settings(name)
     try:
         return settings(**values)
     except ValidationError as error:

@@ -318,7 +318,7 @@ def _precisions(recipe: Recipe) -> list[str]:
 
 def _checkpointings(recipe: Recipe) -> list[str | int]:
     own = recipe.strategy.activation_checkpointing
-    return ["none", "blocks"] if own in ("none", "blocks") else ["none", own, "blocks"]
+    return ["none", *([own] if isinstance(own, int) else []), "selective", "blocks"]
 
 
 def _strategies(machine: Machine, recipe: Recipe) -> Iterator[str]:

@@ -30,6 +30,7 @@ from scaler.methods.base import Method
 from scaler.plan.live import LiveBytes
 from scaler.recipe import Recipe
 from scaler.strategies.base import DTYPES
+from scaler.strategies.blocks import arrange_blocks_
 from scaler.strategies.ddp import DDP
 from scaler.timetable import Timetable
 from scaler.train import build_method
@@ -147,7 +148,7 @@ class _Bare(DDP):
     def prepare(self, method: Method, make_optimizer: Any = None) -> None:
         """See `Strategy.prepare`."""
         self.method = self.module = method
-        self.checkpoint_(method.blocks())
+        arrange_blocks_(method.blocks(), checkpointing=self.settings.activation_checkpointing)
 
     def _measure_activations(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()

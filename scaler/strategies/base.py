@@ -8,7 +8,6 @@ when gradients are exchanged, and where this rank's part of a parameter, its gra
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
 from scaler.methods.base import Method
+from scaler.strategies.blocks import arrange_blocks_
 from scaler.strategies.loss_scale import LossScale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,11 +117,9 @@ class Strategy:
             ValueError: settings, optimiser and strategy do not fit together.
         """
         self.method = method.to(self.device)
-        blocks = method.blocks()
-        self.checkpoint_(blocks)
-        if self.settings.compile:
-            for block in blocks:
-                block.compile()
+        arrange_blocks_(
+            method.blocks(), checkpointing=self.settings.activation_checkpointing, compiled=self.settings.compile
+        )
 
         def make() -> torch.optim.Optimizer:
             optimizer = make_optimizer()
@@ -132,12 +129,6 @@ class Strategy:
         self.module, self.optimizer = self.wrap(method, make)
         self.create_optimizer_state()
         self.verify()
-
-    def checkpoint_(self, blocks: Sequence[nn.Module]) -> None:
-        """Let as many of the blocks as the settings say forget what is inside them until their backward."""
-        wanted = self.settings.activation_checkpointing
-        for block in blocks[: {"none": 0, "blocks": len(blocks)}.get(wanted, wanted)]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
     def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The module whose call runs the method under this strategy, and the optimiser whose groups the loop sets."""
@@ -271,7 +262,7 @@ class Strategy:
         """Bytes of live tensors on this rank, by part; gradients and activations as the first step measured them.
 
         `teacher` is all parameters without gradient; `activations` is what the first micro-batch's forward left for
-        its backward (on a CPU without the inputs that activation checkpointing keeps).
+        its backward (on a CPU without what activation checkpointing keeps).
         """
         parameters = list(self.method.parameters())
         trained = [self.local(p) for p in parameters if p.requires_grad]
