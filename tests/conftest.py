@@ -1,4 +1,4 @@
-"""The order of the test files: those that take minutes come first, so that no worker is left alone with one at the end."""
+"""The order of the test files: those that take minutes come first, so that none keeps one worker busy at the end."""
 
 from __future__ import annotations
 

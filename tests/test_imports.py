@@ -26,14 +26,18 @@ MAY_IMPORT = {
     "scaler.demo": ["scaler", "shards", "launch"],
     "scaler.notebook": ["scaler", "shards", "launch"],
     "scaler.doctor": ["scaler", "shards", "launch"],
-    "scaler.methods": ["scaler.methods", "scaler.nn", "scaler.collectives", "scaler.schedules", "shards"],
-    "scaler.nn": ["scaler.nn", "scaler.collectives", "shards"],
+    "scaler.methods": ["scaler.methods", "scaler.nn", "scaler.collectives", "scaler.schedules", "shards"]
+    + ["scaler.transfer"],
+    "scaler.nn": ["scaler.nn", "scaler.collectives", "scaler.transfer", "shards"],
     "scaler.strategies": ["scaler.strategies", "scaler.methods.base", "scaler.collectives", "shards"],
     "scaler.collectives": [],
+    "scaler.transfer": [],
     "scaler.schedules": [],
 }
 # Concrete methods and strategies, and who may name them; everyone else sees base classes.
-CONCRETE = re.compile(r"scaler\.methods\.(?!base\b|METHODS|method_class)\w+|scaler\.strategies\.(ddp|fsdp2|zero)\b")
+CONCRETE = re.compile(
+    r"scaler\.methods\.(?!base\b|METHODS|method_class|method_settings)\w+|scaler\.strategies\.(ddp|fsdp2|zero)\b"
+)
 MAY_SEE_CONCRETE = ("scaler.methods.", "scaler.strategies", "scaler.train", "launch", "scaler.bench", "scaler.plan")
 # A package of others → the modules (by prefix) that may import it.
 ONLY_IN = {

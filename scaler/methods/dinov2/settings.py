@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from scaler.nn.init import InitialWeights
 from scaler.schedules import Duration
 
 
@@ -42,7 +41,7 @@ class Settings(BaseModel):
     registers: int = Field(0, ge=0, description="register tokens")
     layer_scale: float | None = Field(1e-5, gt=0, description="initial value; null: the backbone's own, mostly none")
     drop_path: float = Field(0.3, ge=0, lt=1, description="share of a group's rows that skip a residual branch")
-    initial_weights: InitialWeights = Field(
+    initial_weights: Literal["published", "fan_in"] = Field(
         "published", description="fan_in: deviation 1/√fan_in instead of 0.02, for ViTs narrower than about 200"
     )
     group_size: int = Field(64, gt=0, description="images that KoLeo and drop path work on together")

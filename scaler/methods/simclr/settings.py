@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from scaler.methods.pooled import Fraction, PooledSettings
+from scaler.methods.pooled_settings import Fraction, PooledSettings
 
 
 class SimCLRSettings(PooledSettings):
