@@ -17,6 +17,7 @@ ROOMS = ("scaler", "shards", "launch")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
+SHARED = ("scaler.collectives", "scaler.transfer")
 # A module (by prefix) → the modules of ours (by prefix) that it may import. The longest prefix that fits counts.
 MAY_IMPORT = {
     "shards": ["shards"],
@@ -26,9 +27,8 @@ MAY_IMPORT = {
     "scaler.demo": ["scaler", "shards", "launch"],
     "scaler.notebook": ["scaler", "shards", "launch"],
     "scaler.doctor": ["scaler", "shards", "launch"],
-    "scaler.methods": ["scaler.methods", "scaler.nn", "scaler.collectives", "scaler.schedules", "shards"]
-    + ["scaler.transfer"],
-    "scaler.nn": ["scaler.nn", "scaler.collectives", "scaler.transfer", "shards"],
+    "scaler.methods": ["scaler.methods", "scaler.nn", *SHARED, "scaler.schedules", "shards"],
+    "scaler.nn": ["scaler.nn", *SHARED, "shards"],
     "scaler.strategies": ["scaler.strategies", "scaler.methods.base", "scaler.collectives", "shards"],
     "scaler.collectives": [],
     "scaler.transfer": [],
