@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
-from scaler.cli.common import Json, group, print_table
+from scaler.cli.common import Json, Overrides, RecipeName, group, print_table
 
 benchmarks = group("Measure what things cost on this machine.")
 
@@ -35,11 +36,7 @@ def bench_checkpoint(
 
     Processes that torchrun or accelerate have started (`-m scaler.cli bench checkpoint …`) measure together.
     """
-    from launch.local import run
-
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        raise typer.Exit(run([*launcher, "-m", "scaler.cli", *sys.argv[1:]], processes=processes))
+    _start(processes)
     from scaler.bench.checkpoint import as_rows, measure
 
     result = measure(
@@ -49,14 +46,72 @@ def bench_checkpoint(
         minutes=minutes,
         pairs=pairs,
         place=to,
-        say=lambda text: print(text, file=sys.stderr, flush=True) if os.environ.get("RANK", "0") == "0" else None,
+        say=_say,
     )
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first():
         return
     if as_json:
         print(json.dumps(result))
         return
     print_table(as_rows(result))
+
+
+@benchmarks.command("step", epilog="Example: scaler bench step dinov2/vits16_in1k --images 8 method.group_size=8")
+def bench_step(
+    recipe: RecipeName = "dinov2/demo",
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a process in a step.", show_default="the recipe's micro-batch"),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+    data: Annotated[str, typer.Option(help="synthetic, or real: from the recipe's shards.")] = "synthetic",
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2…", help="Recipe values; several: every combination.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="With one pass per crop size, and with DINOv2 as one writes it first: timm's blocks, all scores in "
+            "memory, AdamW parameter by parameter, a look at the loss every step.",
+        ),
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for the profiler's trace of a step (.json or .json.gz).")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of each contender in a round.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each contender's turn.")] = 5,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each in a round, instead of seconds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the result as JSON, with hardware and versions.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time of a training step, by part, its share of this machine's own rate in matrix products, and its memory.
+
+    Processes that torchrun or accelerate have started (`-m scaler.cli bench step …`) measure together.
+    """
+    _start(processes)
+    from scaler.bench.step import as_lines, as_table, measure
+
+    result = measure(
+        recipe,
+        overrides=overrides or [],
+        images=images,
+        data=data,
+        vary=vary or [],
+        compare=compare,
+        trace_to=trace,
+        seconds=seconds,
+        rounds=rounds,
+        steps=steps,
+        say=_say,
+    )
+    if not _is_first():
+        return
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    _show(result, as_json, as_table, as_lines)
 
 
 @benchmarks.command("loader", epilog="Example: scaler bench loader shards/train --views dinov2")
@@ -154,8 +209,23 @@ def _listed(text: str, all_: Sequence[str]) -> Sequence[str]:
     return text.split(",") if text else all_
 
 
+def _start(processes: int) -> None:
+    """Run this very command in several processes instead, unless a launcher has done so already."""
+    from launch.local import run
+
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        raise typer.Exit(run([*launcher, "-m", "scaler.cli", *sys.argv[1:]], processes=processes))
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if _is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _show(
