@@ -1,18 +1,39 @@
-"""Small tensors on their way to the training device, without waiting for it."""
+"""Small tensors on their way to the training device, without waiting for it.
+
+A GPU copies from pinned memory, in the order of the current stream, while the host goes on: from any other memory the
+driver may keep it waiting. torch's allocator of pinned memory reuses a block only after its copy is done, so that the
+host may let go of it at once.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_ALIGNMENT = 16  # bytes, at which every dtype can begin
+
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, of the host, on `device`; on a CPU the tensor itself.
-
-    A GPU copies from pinned memory, in the order of the current stream, while the host goes on: from any other memory
-    the driver may keep it waiting. torch's allocator of pinned memory reuses a block only after its copy is done, so
-    the caller may let go of the tensor at once.
-    """
+    """`tensor`, of the host, on `device`; on a CPU the tensor itself."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def send_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """`send` of several tensors of the host in one copy; on a GPU they lie in one piece of memory."""
+    if device.type != "cuda":
+        return [send(tensor, device) for tensor in tensors]
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    for place, tensor in zip(_places(host, sizes, tensors), tensors, strict=True):
+        place.copy_(tensor)
+    return _places(host.to(device, non_blocking=True), sizes, tensors)
+
+
+def _places(packed: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Where each of the tensors lies in the packed bytes."""
+    parts = packed.split(sizes)
+    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]

@@ -13,8 +13,9 @@ Shapes: m images, c = 3 channels, h by w pixels, k blur taps, r selected rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaler.nn.precision import full_precision
+from scaler.transfer import send_together
 from shards.random import keyed_uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -93,10 +95,14 @@ def sample_color(
     epochs: Tensor | NDArray[np.int64],
     ids: Tensor | NDArray[np.int64],
     view: str,
-    copy: int,
+    copy: int | range,
 ) -> ColorParameters:
-    """Draw the parameters of m images, a pure function of (seed, epoch, id, view, copy) of each (int64 [m])."""
-    u = keyed_uniform("color", seed, _numpy(epochs), _numpy(ids), view, copy, count=13)  # [m, 13]
+    """Draw the parameters of m images, a pure function of (seed, epoch, id, view, copy) of each (int64 [m]).
+
+    Of several copies they come copy by copy, m each.
+    """
+    copies = np.atleast_1d(np.asarray(copy))[:, None]
+    u = keyed_uniform("color", seed, _numpy(epochs), _numpy(ids), view, copies, count=13).reshape(-1, 13)
     strengths = np.array([color.brightness, color.contrast, color.saturation])
     low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
     factors = np.concatenate([low + u[:, :3] * (high - low), (2.0 * u[:, 3:4] - 1.0) * color.hue], axis=1)
@@ -131,43 +137,41 @@ def apply_color(x: Tensor, parameters: ColorParameters, *, mean: Sequence[float]
         )
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     size = m if x.is_cuda or x.is_meta else max(1, _CACHED_FLOATS // (3 * h * w))
-    shift = torch.tensor(mean, dtype=torch.float32, device=x.device).view(3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=x.device).view(3, 1, 1)
+    normalization = torch.tensor([mean, std], dtype=torch.float32).view(2, 3, 1, 1)
     with full_precision(out):
         for start in range(0, m, max(1, size)):
             part = out[start : start + size].copy_(x[start : start + size])
             if x.dtype == torch.uint8:
                 part.div_(255.0)
-            for operation, rows, values in _plan(parameters, slice(start, start + size), device=x.device):
+            steps = _plan(parameters, slice(start, start + size))
+            numbers = (_flat([rows for _, rows, _ in steps]), _flat([values for _, _, values in steps]))
+            (shift, scale), *sent = send_together([normalization, *numbers], x.device)
+            cut = (flat.split([len(rows) for _, rows, _ in steps]) for flat in sent)
+            for (operation, _, _), rows, values in zip(steps, *cut, strict=True):
                 _apply_rows(operation, part, rows, values, parameters)
             part.sub_(shift).div_(scale)
     return out
 
 
-def _plan(
-    parameters: ColorParameters, part: slice, *, device: torch.device
-) -> Iterator[tuple[int | str, Tensor, Tensor]]:
-    """(operation, rows int64 [r], values float32 [r]) in the order of execution, moved to the device in two copies."""
+def _plan(parameters: ColorParameters, part: slice) -> list[tuple[int | str, NDArray[np.int64], NDArray[np.float32]]]:
+    """(operation, rows int64 [r], values float32 [r]) in the order of execution, where there are rows."""
     p = parameters
-    factors, order, jitter = p.factors[part], p.order[part], p.jitter[part]
-    neutral = np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32)
+    factors, jitter = p.factors[part], p.jitter[part]
+    wanted = jitter[:, None] & (factors != np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32))  # by operation
+    first = np.where(np.take_along_axis(wanted, p.order[part], axis=1), p.order[part], -1)  # by position
     steps: list[tuple[int | str, NDArray[np.int64], NDArray[np.float32]]] = []
     for position in range(4):
         for operation in range(4):
-            chosen = jitter & (order[:, position] == operation) & (factors[:, operation] != neutral[operation])
-            rows = np.flatnonzero(chosen)
+            rows = np.flatnonzero(first[:, position] == operation)
             steps.append((operation, rows, factors[rows, operation]))
     for name, chosen in (("grayscale", p.grayscale[part]), ("blur", p.sigma[part] > 0), ("solarize", p.solarize[part])):
         rows = np.flatnonzero(chosen)
         steps.append((name, rows, p.sigma[part][rows]))
-    steps = [step for step in steps if len(step[1])]
-    if not steps:
-        return
-    sizes = [len(rows) for _, rows, _ in steps]
-    all_rows = torch.from_numpy(np.concatenate([rows for _, rows, _ in steps])).to(device, non_blocking=True)
-    all_values = torch.from_numpy(np.concatenate([values for _, _, values in steps])).to(device, non_blocking=True)
-    for step, rows_, values_ in zip(steps, all_rows.split(sizes), all_values.split(sizes), strict=True):
-        yield step[0], rows_, values_
+    return [step for step in steps if len(step[1])]
+
+
+def _flat(arrays: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays)) if arrays else torch.empty(0)
 
 
 def _apply_rows(operation: int | str, x: Tensor, rows: Tensor, values: Tensor, parameters: ColorParameters) -> None:

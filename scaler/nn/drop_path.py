@@ -57,7 +57,11 @@ def kept_rows(
     subset = max(1, int(num_rows * (1 - rate)))
     blocks, branches = np.arange(num_blocks)[:, None, None], np.arange(2)[:, None]
     u = keyed_uniform("drop_path", seed, step, kind, blocks, branches, groups, count=num_rows)
-    chosen = np.argsort(u, axis=-1, kind="stable")[..., :subset]  # [blocks, 2, groups, subset], rows of the group
+    # The subset of smallest numbers, of equal ones the first; selecting is several times as fast as sorting.
+    largest = np.partition(u, subset - 1, axis=-1)[..., subset - 1, None]
+    below, equal = u < largest, u == largest
+    below |= equal & (equal.cumsum(axis=-1) <= subset - below.sum(axis=-1, keepdims=True))
+    chosen = below.nonzero()[-1].reshape(*u.shape[:-1], subset)  # [blocks, 2, groups, subset], rows of the group
     images = np.arange(len(groups))[:, None] * group_size + chosen % group_size
     rows = (chosen // group_size) * len(positions) + images
     return torch.from_numpy(np.sort(rows.reshape(num_blocks, 2, -1), axis=-1))

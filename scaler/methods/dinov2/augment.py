@@ -68,10 +68,13 @@ def color_crops(
     """Coloured, normalised crops: [2m, 3, S, S] global ones and, where there are any, [L·m, 3, s, s] local ones."""
     crops: dict[str, list[Tensor]] = {"global": [], "local": []}
     for view, color in colors.items():
-        for copy, images in enumerate(batch["views"].get(view, ())):
-            parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=view, copy=copy)
+        if view in batch["views"]:
+            images = batch["views"][view]
+            parameters = sample_color(
+                color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=view, copy=range(len(images))
+            )
             kind = "local" if view == "local" else "global"
-            crops[kind].append(apply_color(images, parameters, mean=mean, std=std))
+            crops[kind].append(apply_color(images.flatten(0, 1), parameters, mean=mean, std=std))
     return [torch.cat(parts) for parts in crops.values() if parts]
 
 

@@ -34,6 +34,7 @@ from scaler.nn.precision import at_least_fp32, full_precision
 from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
+from scaler.transfer import send_together
 from shards.decode import View
 
 _TILE_ELEMENTS = 1 << 24  # most prototype scores in memory at a time (64 MiB in fp32)
@@ -153,11 +154,11 @@ class DINOv2(Method):
         keep = augment.drop_path_rows(
             batch["positions"], self.settings, num_blocks=self.num_blocks, seed=seed, step=step
         )
-        device = crops[0].device
+        sent = send_together([*masks.values(), *(keep or ())], crops[0].device)
         return {
             "crops": crops,
-            "keep": None if keep is None else [rows.to(device, non_blocking=True) for rows in keep],
-            **{name: value.to(device, non_blocking=True) for name, value in masks.items()},
+            "keep": None if keep is None else sent[len(masks) :],
+            **dict(zip(masks, sent, strict=False)),
             **({} if self.gram_teacher is None else {"gram": augment.gram_crops(batch)}),
         }
 

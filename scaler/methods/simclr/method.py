@@ -25,6 +25,7 @@ from scaler.methods.simclr.loss import nt_xent
 from scaler.methods.simclr.settings import SimCLRSettings
 from scaler.nn.batch_norm import frozen_statistics
 from scaler.nn.projection_head import ProjectionHead
+from scaler.transfer import send
 from shards.decode import View
 
 
@@ -58,7 +59,7 @@ class SimCLR(PooledMethod):
         mean, std = self.normalization
         images = color_views(batch, self.settings, seed=seed, mean=mean, std=std)
         keep = self._keep(batch, copies=2, kind="views", seed=seed, step=step)
-        return {"images": images, "keep": None if keep is None else keep.to(images.device, non_blocking=True)}
+        return {"images": images, "keep": None if keep is None else send(keep, images.device)}
 
     def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
         """See `Method.shown`."""

@@ -21,6 +21,7 @@ from scaler.methods.supervised.augment import check_labels, color_view, erase_, 
 from scaler.methods.supervised.mixing import make_mixup, mix_
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.precision import at_least_fp32, full_precision
+from scaler.transfer import send
 from shards.decode import View
 
 
@@ -81,7 +82,7 @@ class Supervised(PooledMethod):
         labels = batch["labels"]
         check_labels(labels, batch["ids"], num_classes=self.settings.num_classes)
         images = color_view(batch, self.color, seed=seed, mean=mean, std=std)
-        targets = labels.to(images.device, non_blocking=True)
+        targets = send(labels, images.device)
         if self.settings.erase_probability:
             erase_(images, batch, probability=self.settings.erase_probability, seed=seed)
         if self.mixup is not None:
@@ -91,7 +92,7 @@ class Supervised(PooledMethod):
         return {
             "images": images,
             "targets": targets,
-            "keep": None if keep is None else keep.to(images.device, non_blocking=True),
+            "keep": None if keep is None else send(keep, images.device),
         }
 
     def shown(self, batch: Batch, augmented: Batch) -> list[Shown]:
