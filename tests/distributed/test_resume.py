@@ -20,11 +20,11 @@ from scaler.checkpoint import complete_checkpoints
 from scaler.data import build_order
 from scaler.recipe import load_recipe
 from shards.index import ShardIndex
-from tests.long import only_long
+from tests.long import LONG, only_long
 from tests.runs import NUM_IMAGES, make_shards, rows, weights, write_recipe
 
 KILLS = int(os.environ.get("SCALER_TEST_KILLS", "2"))  # per layout; the issue's own figure is 10
-STEPS = 60
+STEPS = 60 if LONG else 36
 
 
 @pytest.fixture(scope="module")
