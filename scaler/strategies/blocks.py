@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Forward = Callable[..., Any]  # of a block and its inputs
@@ -109,7 +110,9 @@ class CompiledForward:
         self._whole_under_ddp = torch._dynamo.config.patch(optimize_ddp=False)
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
-        """The block's output."""
+        """The block's output; under a dispatch mode, which looks at every operation, from the operations themselves."""
+        if is_in_torch_dispatch_mode(include_infra_modes=False):
+            return self._forward(block, *args)
         try:
             with self._whole_under_ddp:
                 return self._run(block, *args)

@@ -37,9 +37,9 @@ SHARE = {"ddp": 1.0, "fsdp2": 0.6, "zero1": 1.0, "zero2": 1.0, "zero3": 0.6}  # 
     [
         (1, 2, "adamw", {}),
         (2, 1, "adamw", {}),
-        (2, 3, "adamw", {"activation_checkpointing": "blocks"}),
+        (2, 3, "adamw", {"activation_checkpointing": "selective"}),
         (3, 2, "lars", {"activation_checkpointing": 1}),
-        (3, 1, "sgd", {}),
+        (3, 1, "sgd", {"activation_checkpointing": "blocks"}),
     ],
 )
 def test_losses_do_not_depend_on_the_strategy(reference, name, ranks, micro_batches, optimizer, settings):
@@ -59,9 +59,14 @@ def test_losses_do_not_depend_on_the_strategy(reference, name, ranks, micro_batc
 @pytest.mark.parametrize(
     ("name", "ranks", "settings", "said"),
     [
-        ("ddp", 2, {"compile": True}, "nothing"),
+        ("ddp", 2, {"compile": True, "activation_checkpointing": "selective"}, "nothing"),
         ("zero3", 2, {"compile": True}, "teacher over 2 ranks"),
-        ("fsdp2", 2, {"reshard_after_forward": False}, "over 2 ranks"),
+        (
+            "fsdp2",
+            2,
+            {"reshard_after_forward": False, "compile": True, "activation_checkpointing": "selective"},
+            "over 2 ranks",
+        ),
         ("fsdp2", 4, {"shard_group": 2}, "over 2 ranks, 2 copies"),
         ("fsdp2", 3, {"shard_group": 1}, "over 1 ranks, 3 copies"),
         ("ddp", 2, {"static_graph": True, "deterministic": False}, "nothing"),
