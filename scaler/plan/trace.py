@@ -137,9 +137,14 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.count += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        operation = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        if operation in flop_registry:
+            self.count += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
         return out
+
+
+# What torch has formulas for under another name only.
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
 
 class _Bare(DDP):
