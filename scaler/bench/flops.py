@@ -1,7 +1,7 @@
 """The operations that a step's model needs, and how many of them this machine can do.
 
 step = model_flops(recipe, micro_batch_size=64)         # of one micro-batch on one rank
-rate = best_matmul_rate(device, torch.bfloat16)         # per second
+rate = best_matmul_rate(device, torch.bfloat16, seconds=0.5)
 utilisation = step / seconds / rate
 """
 
@@ -23,7 +23,6 @@ from scaler.recipe import Recipe
 from scaler.timetable import Timetable
 
 _SIZES = {"cuda": 8192, "cpu": 1024}  # rows and columns of the product: large enough for the device's best rate
-_SECONDS = 0.5
 
 
 def model_flops(recipe: Recipe, *, micro_batch_size: int) -> int:
@@ -61,14 +60,14 @@ class _ModelFlops(Flops):
         return out
 
 
-def best_matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = _SECONDS) -> float:
+def best_matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float) -> float:
     """Floating-point operations per second of a large square product of random values, the best of many.
 
     It runs as the training's own do: what `torch.set_float32_matmul_precision` says holds for float32.
     """
     n = _SIZES["cuda" if device.type == "cuda" else "cpu"]
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds or best == float("inf"):

@@ -36,14 +36,14 @@ def why_no_reference(recipe: Recipe, *, ranks: int, num_micro_batches: int, prec
     if recipe.method.name != "dinov2":
         return f"there is none of {recipe.method.name}"
     reasons = {
-        "gram anchoring": bool(recipe.method.gram_weight),
-        f"optim.name={recipe.optim.name}": recipe.optim.name != "adamw",
-        f"strategy.precision={precision}": precision == "fp16",
-        f"{ranks} ranks": ranks > 1,
-        "accumulation": num_micro_batches > 1,
+        "with method.gram_weight": bool(recipe.method.gram_weight),
+        f"with optim.name={recipe.optim.name}": recipe.optim.name != "adamw",
+        f"in {precision}": precision == "fp16",
+        f"on {ranks} ranks": ranks > 1,
+        "with accumulation": num_micro_batches > 1,
     }
     without = [reason for reason, applies in reasons.items() if applies]
-    return f"it has no {', '.join(without)}" if without else None
+    return f"it does not run {' or '.join(without)}" if without else None
 
 
 class Reference:
@@ -118,11 +118,11 @@ class Reference:
             student = self.student.dino_head(torch.cat([cls for cls, _ in tokens])).float() / s.student_temperature
             student_masked = self._patch_head(self.student)(patches.flatten(0, 1)[batch["masked"]]).float()
             student_masked = student_masked / s.student_temperature
-        dino = torch.zeros((), device=self.device)
-        views, targets = student.split(m), teacher.split(m)
-        pairs = [(q, view) for q in range(2) for view in range(len(views)) if view != q]
-        for q, view in pairs:
-            dino = dino - (targets[q] * F.log_softmax(views[view], dim=-1)).sum(dim=-1).mean() / len(pairs)
+        pairs = []
+        for view, scores in enumerate(student.split(m)):
+            log_p = F.log_softmax(scores, dim=-1)
+            pairs += [-(q * log_p).sum(dim=-1).mean() for other, q in enumerate(teacher.split(m)) if other != view]
+        dino = torch.stack(pairs).mean()
         ibot = -(teacher_masked * F.log_softmax(student_masked, dim=-1)).sum(dim=-1)
         ibot = (ibot * batch["mask_weights"]).sum() / (2 * m)
         koleo = torch.stack([_koleo(crop.float(), s.group_size) for crop in features.split(m)]).sum()

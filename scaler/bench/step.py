@@ -10,14 +10,15 @@ device is waited for at the end of a block of them. Whoever is compared takes tu
 
 On one H200, about 8 minutes in all, each its own dated file:
 
-    R=scaler/bench/results; D=$(date +%F)-h200
-    scaler bench step dinov2/vitl16_in1k --images 64 --compare --out $R/$D-vitl16-compare.json strategy.compile=true
-    scaler bench step dinov2/vitl16_in1k --images 64 --vary strategy.compile=false,true \
-        --vary strategy.activation_checkpointing=none,selective,blocks --rounds 3 --out $R/$D-vitl16-vary.json
-    scaler bench step dinov2/vits16_in1k --images 128 --vary strategy.compile=false,true --out $R/$D-vits16.json
+    R=scaler/bench/results/$(date +%F)-h200-
+    scaler bench step dinov2/vitl16_in1k --images 64 --compare strategy.compile=true --trace vitl16.json.gz \
+        --out ${R}vitl16-compare.json
+    scaler bench step dinov2/vits16_in1k --images 128 --vary strategy.compile=false,true --out ${R}vits16.json
     scaler bench step dinov2/vitg14_in1k --images 32 method.group_size=32 strategy.compile=true \
-        --vary strategy.activation_checkpointing=selective,blocks --out $R/$D-vitg14.json
-    scaler bench step dinov2/vitl16_in1k --images 64 strategy.compile=true --trace /tmp/vitl16.json.gz
+        --vary strategy.activation_checkpointing=selective,blocks --rounds 3 --out ${R}vitg14.json
+    scaler bench step dinov2/vitl16_in1k --images 64 strategy.compile=true \
+        --vary strategy.activation_checkpointing=none,selective,blocks --rounds 3 --out ${R}vitl16-checkpointing.json
+    scaler bench step dinov2/vitl16_in1k --images 64 --vary strategy.name=ddp,fsdp2 --rounds 3 --out ${R}eager.json
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,9 +129,9 @@ def measure(
                 recipe = bench.recipe(name, words)
                 found = bench.rows(recipe)
             except Exception as error:  # out of memory, unsupported: a row that says so
-                if len(variants) == 1:
+                if len(variants) == 1 and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                found = [{"name": OURS, "failed": _reason(error)}]
+                found = [{"name": OURS, "failed": _reason(error, say=say)}]
             rows += [{"variant": variant, **row} for row in found]
             torch.compiler.reset()  # the next variant has its own
             _free(device)
@@ -213,7 +215,8 @@ class _Bench:
         with torch.device("meta"):
             method = build_method(recipe, world=self.world)
         method.check_layout(num_micro_batches=layout.num_micro_batches, micro_batch_size=layout.micro_batch_size)
-        rates = [best_matmul_rate(self.device, dtype)]
+        matmul = partial(best_matmul_rate, self.device, dtype, seconds=min(self.seconds, 0.5))
+        rates = [matmul()]
         failed: dict[str, str] = {}
         with self._source(recipe, method, layout) as source:
             ready: dict[str, Contender] = {}
@@ -224,13 +227,13 @@ class _Bench:
                 except Exception as error:
                     if not self.compare:
                         raise
-                    failed[name] = _reason(error)
+                    failed[name] = _reason(error, say=self.say)
                 _free(self.device)
             if not ready:
-                raise RuntimeError(next(iter(failed.values())))
+                return [{"name": name, "failed": reason} for name, reason in failed.items()]
             timers = {name: contender.block for name, contender in ready.items()}
             blocks = interleave(timers, seconds=0.0, rounds=self.rounds, say=self.say)
-            rates.append(best_matmul_rate(self.device, dtype))
+            rates.append(matmul())
             profiled = None
             if OURS in ready and (self.trace_to is not None or self.world.size > 1):
                 profiled = trace.profile_step(ready[OURS].step, self.device, file=self.trace_to)
@@ -441,8 +444,10 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    """Its first line; what it held is let go of."""
+def _reason(error: Exception, *, say: Say) -> str:
+    """In a line; where it may be a fault of ours, `say` is told more. What it held on to is let go of."""
+    if not isinstance(error, ValueError | torch.OutOfMemoryError):
+        say("".join(traceback.format_exception(error)))
     error.__traceback__ = None
     first = next(iter(str(error).splitlines()), "")
     if isinstance(error, torch.OutOfMemoryError):
@@ -461,7 +466,7 @@ def as_table(result: Mapping[str, Any]) -> Group:
     title = f"{s['name']}, {s['backbone']}, {ranks} on {where}, {result['data']} data"
     steps, parts = Table(title=title, title_justify="left"), Table(title="ms by part (means)", title_justify="left")
     for table, first in ((steps, "step"), (parts, "part")):
-        table.add_column(first)
+        table.add_column(first, overflow="fold")
     for column in ("ms", "images/s", "MFU", "all rows", "peak GB", "warm-up s"):
         steps.add_column(column, justify="right")
     measured = []
@@ -469,7 +474,7 @@ def as_table(result: Mapping[str, Any]) -> Group:
         words = [f"{key.rpartition('.')[2]}={value}" for key, value in row["variant"].items()]
         name = f"{number}: " + ", ".join([*words, *([row["name"]] if row["name"] != OURS or not words else [])])
         if "failed" in row:
-            steps.add_row(name, row["failed"], style="dim")
+            steps.add_row(name, "failed", style="dim")
             continue
         low, high = row["middle_half_seconds"]
         steps.add_row(
@@ -490,6 +495,9 @@ def as_table(result: Mapping[str, Any]) -> Group:
 
 def as_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """What it means in words."""
+    for number, row in enumerate(result["rows"], start=1):
+        if "failed" in row:
+            yield f"{number}, {row['name']}: {row['failed']}"
     measured = [row for row in result["rows"] if "failed" not in row]
     best = max(row["matmul_flops"] for row in measured)
     precision = result["recipe"]["strategy"]["precision"]

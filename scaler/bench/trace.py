@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 # Kinds of work by the names of kernels, or on a CPU of torch's operations; the first that fits.
 _KINDS = {
     "collectives": r"nccl|gloo:|c10d::",
+    "compiled": r"^triton_(?!tem)",
     "attention": r"flash|fmha|attention|sdp",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|mm$|mm_$|linear$|addmv|convolution|mkldnn",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|mm_?$|linear$|triton_tem|addmv|conv|mkldnn",
     "optimiser and EMA": r"multi_tensor|adam|_foreach|_fused_sgd|lerp",
     "copies": r"memcpy|memset|copy|cat|index|gather|scatter|fill|zero",
     "softmax and norms": r"softmax|norm|reduce|::sum|amax|argmax",
-    "compiled": r"triton",
     "element by element": r"elementwise|vectorized|unrolled|aten::",
 }
 
@@ -52,7 +52,8 @@ def profile_step(step: Callable[[], Any], device: torch.device, *, file: Path | 
     events = list(profiler.events() or ())
     seconds: Counter[str] = Counter()
     if cuda:
-        kernels = [e for e in events if e.device_type.name == "CUDA"]
+        on_gpu = (e for e in events if e.device_type.name == "CUDA")
+        kernels = [e for e in on_gpu if not getattr(e, "is_user_annotation", False)]
         spans = [(e.time_range.start, e.time_range.end) for e in kernels]
         for event in kernels:
             seconds[kind(event.name)] += event.time_range.elapsed_us() / 1e6
