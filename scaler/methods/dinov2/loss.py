@@ -26,9 +26,10 @@ def dino(student: Tensor, teacher: Teacher, *, scale: float = 1.0) -> Comparison
         scale: the loss's weight.
     """
     num_crops, n, _ = student.shape
-    partners = [(1,), (0,), *[(0, 1)] * (num_crops - 2)]
-    weights = student.new_full((n,), 1 / (n * sum(map(len, partners))))
-    return Comparison(student, teacher, partners, weights, scale=scale, signals=True)
+    first, second, both = slice(0, 1), slice(1, 2), slice(0, 2)
+    pairs = [(first, second), (second, first), *[(slice(2, num_crops), both)] * (num_crops > 2)]
+    weights = student.new_full((n,), 1 / (n * (2 + 2 * (num_crops - 2))))
+    return Comparison(student, teacher, pairs, weights, scale=scale, signals=True)
 
 
 def ibot(student: Tensor, teacher: Teacher, *, weights: Tensor, num_crops: int, scale: float = 1.0) -> Comparison:
@@ -42,7 +43,8 @@ def ibot(student: Tensor, teacher: Teacher, *, weights: Tensor, num_crops: int, 
         num_crops: global crops of the batch, those without a mask included.
         scale: the loss's weight.
     """
-    return Comparison(student[None], teacher, [(0,)], weights / num_crops, scale=scale)
+    whole = slice(0, 1)
+    return Comparison(student[None], teacher, [(whole, whole)], weights / num_crops, scale=scale)
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:

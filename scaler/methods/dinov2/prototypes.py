@@ -4,13 +4,14 @@ A step of DINOv2 has thousands of rows, each scored against 65,536 or more proto
 scores would be by far the largest thing in memory. So rows are taken in tiles: a tile's scores turn into its share of
 the loss *and of the gradient* before the next tile begins, which also spares the backward pass a second look at them.
 
-Shapes: v crops of the student, t of the teacher, n samples, b bottleneck width, K prototypes.
+Shapes: v crops of the student, t of the teacher, n samples, b bottleneck width, K prototypes; in a tile g crops of the
+student, s samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scaler.nn.precision import at_least_fp32, full_precision
+from scaler.methods.dinov2.tiles import compiled, default_tile_elements
+from scaler.nn.precision import full_precision, product, product_dtype
 
-Partners = Sequence[tuple[int, ...]]
+Pairs = Sequence[tuple[slice, slice]]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,6 @@ class Teacher:
     shift: Tensor
     temperature: float
 
-    @torch.no_grad()
-    def probabilities(self, samples: slice = slice(None)) -> Tensor:
-        """[t, samples, K] in the precision of the bottlenecks, at least fp32."""
-        z = at_least_fp32(self.bottlenecks[:, samples]) / self.temperature
-        with full_precision(z):
-            logits = torch.addmm(self.shift, z.flatten(0, 1), self.prototypes.mT).unflatten(0, z.shape[:2])
-            return logits.softmax(dim=-1)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -55,7 +49,8 @@ class Comparison:
     Attributes:
         student: bottlenecks [v, n, b], fp32 or float64; n may be 0.
         teacher: of the same n samples.
-        partners: for every crop of the student, the crops of the teacher that it is compared with.
+        pairs: ranges of the student's crops, in order and together all of them, each with the range of the teacher's
+            crops that every one of them is compared with.
         weights: of the samples, [n].
         scale: of this comparison in a sum of several.
         signals: whether entropy and agreement are wanted.
@@ -63,16 +58,16 @@ class Comparison:
 
     student: Tensor
     teacher: Teacher
-    partners: Partners
+    pairs: Pairs
     weights: Tensor
     scale: float = 1.0
     signals: bool = False
 
 
 class CrossEntropy(NamedTuple):
-    """Detached scalars of a comparison: `loss`; and where signals were asked for (else 0), the mean `entropy` of the
-    teacher over log K, 1 uniform and 0 certain, and the `agreement` on the highest prototype of crops that have one
-    partner.
+    """Detached scalars of a comparison: `loss`; and where signals were asked for (else 0), means over the crops that
+    have one partner: the partner's `entropy` over log K, 1 uniform and 0 certain, and the `agreement` with it on the
+    highest prototype.
     """
 
     loss: Tensor
@@ -81,24 +76,33 @@ class CrossEntropy(NamedTuple):
 
 
 def cross_entropy(
-    comparisons: Sequence[Comparison], prototypes: Tensor, *, temperature: float, tile_elements: int
+    comparisons: Sequence[Comparison],
+    prototypes: Tensor,
+    *,
+    temperature: float,
+    tile_elements: int | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, list[CrossEntropy]]:
     """Of all pairs, -Σ teacher · log softmax(student · prototypes / temperature): the scaled sum of the comparisons,
     which is differentiable, and each one's loss and signals.
 
-    Scores are computed in bf16 where autocast says so, all else in the precision of the student's bottlenecks; under
-    fp16 they too, since gradients are formed before a loss scale could keep them from rounding to zero. Comparisons
-    with the same prototypes belong into one call, since its gradient is as large as they are. The graph can run
-    backward once.
+    Products are those of bf16 numbers where autocast says so, all else is in the precision of the student's
+    bottlenecks; under fp16 they too, since gradients are formed before a loss scale could keep them from rounding to
+    zero. Comparisons with the same prototypes belong into one call, since its gradient is as large as they are. The
+    graph can run backward once.
 
     Args:
         comparisons: of a student with these prototypes.
         prototypes: [K, b], of the bottlenecks' dtype.
         temperature: of the student.
-        tile_elements: most scores in memory at a time, the teacher's included (but at least those of one sample).
+        tile_elements: most scores in memory at a time, the teacher's included (but at least those of one sample);
+            None: as suits the device.
+        fused: whether the passes over a tile's scores are compiled into a few.
     """
     students = [comparison.student for comparison in comparisons]
-    total, values = _CrossEntropy.apply(comparisons, temperature, tile_elements, prototypes, *students)
+    tile_elements = tile_elements or default_tile_elements(prototypes.device)
+    compare_tile = compiled(_compare_tile_, spends=2) if fused else _compare_tile_
+    total, values = _CrossEntropy.apply(comparisons, temperature, tile_elements, compare_tile, prototypes, *students)
     return total, [CrossEntropy(*row.unbind()) for row in values]
 
 
@@ -109,38 +113,37 @@ class _CrossEntropy(torch.autograd.Function):
         comparisons: Sequence[Comparison],
         temperature: float,
         tile_elements: int,
+        compare_tile: Callable[..., Tensor],
         prototypes: Tensor,
         *students: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        kind, precision = prototypes.device.type, prototypes.dtype
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16:
-            precision = torch.get_autocast_dtype(kind)
+        keys = prototypes.to(product_dtype(prototypes))
         ctx.gradients = None
         if any(ctx.needs_input_grad):
             ctx.gradients = [torch.zeros_like(x) for x in (prototypes, *students)]
         with full_precision(prototypes):
-            keys = prototypes.to(precision)
             rows = [
                 _compare(
                     comparison,
                     keys,
                     temperature=temperature,
                     tile_elements=tile_elements,
+                    compare_tile=compare_tile,
                     gradients=None if ctx.gradients is None else (ctx.gradients[0], ctx.gradients[1 + number]),
                 )
                 for number, comparison in enumerate(comparisons)
             ]
         values = torch.stack(rows)
         ctx.mark_non_differentiable(values)
-        scales = values.new_tensor([comparison.scale for comparison in comparisons])
-        return (values[:, 0] * scales).sum(), values
+        losses = [comparison.scale * row[0] for comparison, row in zip(comparisons, rows, strict=True)]
+        return torch.stack(losses).sum(), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the graph of this loss runs backward once"
-        return None, None, None, *[gradient.mul_(grad) for gradient in gradients]  # in place: the first is large
+        return None, None, None, None, *[gradient.mul_(grad) for gradient in gradients]  # in place: the first is large
 
 
 def _compare(
@@ -149,30 +152,45 @@ def _compare(
     *,
     temperature: float,
     tile_elements: int,
+    compare_tile: Callable[..., Tensor],
     gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Loss, entropy and agreement, [3]; `gradients`, of prototypes and student, get those of the scaled loss."""
-    student, teacher, partners = comparison.student, comparison.teacher, comparison.partners
-    v, n, _ = student.shape
-    z, values = student / temperature, student.new_zeros(3)
+    student, teacher, pairs = comparison.student, comparison.teacher, comparison.pairs
+    (v, n, _), t = student.shape, len(teacher.bottlenecks)
+    z, teacher_z, teacher_keys = student / temperature, teacher.bottlenecks / teacher.temperature, teacher.prototypes
+    teacher_z, teacher_keys = teacher_z.to(keys.dtype), teacher_keys.to(keys.dtype)
+    values = student.new_zeros(3)
     # A crop with two partners has the mean of their probabilities as its target, and twice the weight.
-    num_partners = student.new_tensor([len(p) for p in partners])
-    weights = comparison.weights.to(z.dtype) * num_partners[:, None]  # [v, n]
-    size = max(1, tile_elements // ((v + 2 * len(teacher.bottlenecks)) * len(keys)))
+    weights = student.new_empty(v, n)
+    for crops, partners in pairs:
+        weights[crops] = comparison.weights * len(range(t)[partners])
+    singles = sum(len(range(v)[crops]) for crops, partners in pairs if len(range(t)[partners]) == 1)
+    # In memory at once: the student's scores, those of a range's partners and their mean, and products of the two.
+    most = max(len(range(v)[crops]) + 2 * len(range(t)[partners]) - 1 for crops, partners in pairs)
+    size = max(1, tile_elements // ((v + most) * len(keys)))
 
     def add_tile(samples: slice) -> None:
         """Its own function, so that a tile's scores are gone before the next one's come."""
-        q = teacher.probabilities(samples)
-        scores = (z[:, samples].to(keys.dtype) @ keys.mT).to(z.dtype)
-        if comparison.signals:
-            values[1:] += _signals(scores, q, partners) / n
-        losses = _softmax_minus_(scores, _targets(q, partners))
-        values[0] += (losses * weights[:, samples]).sum()
+        rows = z[:, samples]
+        scores = _scores(rows.to(keys.dtype), keys)
+        in_place = scores.dtype == keys.dtype and compare_tile is _compare_tile_
+        delta = scores if in_place else torch.empty_like(scores, dtype=keys.dtype)
+        losses = []
+        for crops, partners in pairs:
+            signals = comparison.signals and len(range(t)[partners]) == 1
+            logits = _scores(teacher_z[partners, samples], teacher_keys)
+            found = compare_tile(scores[crops], logits, teacher.shift, None if in_place else delta[crops], signals)
+            del logits
+            losses.append(found[0])
+            if signals:
+                values[1:] += found[1:].sum(dim=(1, 2)) / (n * singles)
+        values[0] += (torch.cat(losses) * weights[:, samples]).sum()
         if gradients is not None:
-            delta = scores.to(keys.dtype).flatten(0, 1)
-            scaled = z[:, samples] * (comparison.scale * weights[:, samples, None])
-            _add_product_(gradients[0], delta.mT, scaled.to(keys.dtype).flatten(0, 1))
-            gradients[1][:, samples] = (delta @ keys).view(v, -1, keys.shape[1])
+            flat = delta.flatten(0, 1)
+            scaled = rows * (comparison.scale * weights[:, samples, None])
+            _add_product_(gradients[0], flat.mT, scaled.to(keys.dtype).flatten(0, 1))
+            gradients[1][:, samples] = product(flat, keys).view_as(rows)
 
     for start in range(0, n, size):
         add_tile(slice(start, start + size))
@@ -181,34 +199,38 @@ def _compare(
     return values
 
 
-def _targets(q: Tensor, partners: Partners) -> list[Tensor]:
-    """[s, K] for every crop of the student: the mean probabilities [t, s, K] of its partners; equal ones are one."""
-    means = {p: q[p[0]] if len(p) == 1 else q[list(p)].mean(dim=0) for p in set(partners)}
-    return [means[p] for p in partners]
+def _scores(rows: Tensor, keys: Tensor) -> Tensor:
+    """[g, s, b] → [g, s, K]."""
+    return product(rows.flatten(0, 1), keys.mT).unflatten(0, rows.shape[:2])
 
 
-def _softmax_minus_(scores: Tensor, targets: list[Tensor]) -> Tensor:
-    """Scores [v, s, K] become softmax - target, the gradient of the cross-entropies [v, s], which are returned."""
+def _compare_tile_(scores: Tensor, logits: Tensor, shift: Tensor, delta: Tensor | None, signals: bool) -> Tensor:
+    """Of student scores [g, s, K] and those of the t partners that all g crops have, [t, s, K], which are spent, the
+    losses and, where signals are wanted, entropies over log K and agreements: [1 or 3, g, s]. The scores become the
+    losses' gradient, softmax - target, which is also written to `delta` [g, s, K], in its precision.
+    """
+    logits += shift
+    logits -= logits.amax(dim=-1, keepdim=True)
+    logits.exp_()
+    logits /= logits.sum(dim=-1, keepdim=True)
+    target = logits[0] if len(logits) == 1 else logits.mean(dim=0)
+    found = []
+    if signals:
+        entropy = torch.special.entr(target).sum(dim=-1) / math.log(target.shape[-1])
+        agreement = scores.argmax(dim=-1) == target.argmax(dim=-1)
+        found = [entropy.expand_as(agreement), agreement.to(entropy.dtype)]
     scores -= scores.amax(dim=-1, keepdim=True)
-    own = torch.stack([torch.linalg.vecdot(crop, target) for crop, target in zip(scores, targets, strict=True)])
+    own = (scores * target).sum(dim=-1)
     total = scores.exp_().sum(dim=-1, keepdim=True)
     scores /= total
-    for crop, target in zip(scores, targets, strict=True):
-        crop -= target
-    return total.squeeze(-1).log() - own
+    scores -= target
+    if delta is not None:
+        delta.copy_(scores)
+    return torch.stack([total.squeeze(-1).log() - own, *found])
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += a @ b
-
-
-def _signals(scores: Tensor, q: Tensor, partners: Partners) -> Tensor:
-    """Σ over samples of the teacher's entropy over log K and of the agreement, each a mean over crops, [2]."""
-    entropy = torch.special.entr(q).sum(dim=-1).mean(dim=0) / math.log(q.shape[-1])
-    student, teacher = scores.argmax(dim=-1), q.argmax(dim=-1)
-    pairs = [(crop, p[0]) for crop, p in enumerate(partners) if len(p) == 1]
-    same = torch.stack([student[crop] == teacher[partner] for crop, partner in pairs]).to(q.dtype).mean(dim=0)
-    return torch.stack([entropy.sum(), same.sum()])
+        total += product(a, b)

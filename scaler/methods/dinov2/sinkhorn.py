@@ -7,21 +7,22 @@ sample with *one* number per prototype added:
     probabilities = softmax(scores / temperature + log_scaling)
 
 and `log_scaling` [K] is all that the samples of other micro-batches and ranks contribute. Each iteration needs only
-the sums of the prototypes: scores are recomputed from the heads' bottlenecks tile by tile, and the sums are
-all-reduced. The number of samples is a constant factor, which cancels.
+the sums of the prototypes: scores are recomputed from the heads' bottlenecks tile by tile (but those of a single tile
+are kept), and the sums are all-reduced. The number of samples is a constant factor, which cancels.
 
 Shapes: n samples, b bottleneck width, K prototypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.nn.precision import full_precision
+from scaler.methods.dinov2.tiles import compiled, default_tile_elements
+from scaler.nn.precision import full_precision, product, product_dtype
 
 
 @torch.no_grad()
@@ -32,9 +33,12 @@ def sinkhorn_log_scaling(
     temperature: float,
     world: World,
     num_iterations: int = 3,
-    tile_elements: int = 1 << 24,
+    tile_elements: int | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """The prototypes' log scaling [K] for the samples of all micro-batches and ranks together.
+
+    Scores are products of bf16 numbers where autocast says so.
 
     Args:
         bottlenecks: [n, b] of every local micro-batch; a rank may have no samples.
@@ -42,46 +46,67 @@ def sinkhorn_log_scaling(
         temperature: of the teacher.
         world: collectives.
         num_iterations: scalings of prototypes and samples, 3 in DINOv2.
-        tile_elements: most scores in memory at a time.
+        tile_elements: most scores in memory at a time (but at least those of one sample); None: as suits the device.
+        fused: whether the passes over a tile's scores are compiled into a few.
 
     Returns:
         [K], equal on all ranks; zeros when there is no sample at all.
     """
-    num_prototypes = prototypes.shape[0]
-    log_scaling = prototypes.new_zeros(num_prototypes)
-    rows = min(max(1, tile_elements // num_prototypes), max((len(part) for part in bottlenecks), default=0))
-    memory = prototypes.new_empty(rows, num_prototypes)
-    for iteration in range(num_iterations):
-        tiles = _scores(bottlenecks, prototypes / temperature, memory)
-        if iteration == 0:
-            log_sums = _log_sums(tiles, prototypes.new_full((num_prototypes,), -torch.inf), world=world)
-        else:
-            # Σ over samples of a prototype's probabilities. It cannot vanish: dividing by the last sums made every
-            # prototype's column sum to one, and a sample's normaliser is at most K, so each new sum is at least 1/K.
-            sums = prototypes.new_zeros(num_prototypes)
-            for scores in tiles:
-                scores += log_scaling
-                scores -= scores.amax(dim=1, keepdim=True)
-                sums.addmv_(scores.exp_().mT, 1 / scores.sum(dim=1))
-            log_sums = world.sum_(sums).log()
-        log_scaling -= torch.where(log_sums.isneginf(), 0.0, log_sums)
+    column_log_sums, column_sums = (compiled(f, spends=1) if fused else f for f in (_column_log_sums_, _column_sums_))
+    rows = max(1, (tile_elements or default_tile_elements(prototypes.device)) // len(prototypes))
+    parts = [tile for part in bottlenecks if len(part) for tile in part.split(rows)]
+    keys = prototypes.to(product_dtype(prototypes)).mT
+
+    def score(part: Tensor) -> Tensor:
+        return product((part / temperature).to(keys.dtype), keys)
+
+    with full_precision(prototypes):
+        # Scores that need no second tile are kept; what spends them gets a copy, for which there must be room too.
+        keep = len(parts) == 1 and (fused or 2 * len(parts[0]) <= rows)
+        kept = [score(part) for part in parts if keep]
+
+        def tiles() -> Iterable[Tensor]:
+            if not keep:
+                return map(score, parts)
+            return kept if fused else [scores.clone() for scores in kept]
+
+        log_scaling = prototypes.new_zeros(len(prototypes))
+        for iteration in range(num_iterations):
+            if iteration == 0:
+                log_sums = torch.full_like(log_scaling, -torch.inf)
+                for scores in tiles():
+                    log_sums = torch.logaddexp(log_sums, column_log_sums(scores))
+                    del scores  # before there are the next ones
+                log_sums = _over_ranks(log_sums, world)
+            else:
+                # Σ over samples of a prototype's probabilities. It cannot vanish: dividing by the last sums made every
+                # prototype's column sum to one, and a sample's normaliser is at most K, so each new sum is at least
+                # 1/K.
+                sums = torch.zeros_like(log_scaling)
+                for scores in tiles():
+                    sums += column_sums(scores, log_scaling)
+                    del scores
+                log_sums = world.sum_(sums).log()
+            log_scaling -= torch.where(log_sums.isneginf(), 0.0, log_sums)
     return log_scaling
 
 
-def _scores(bottlenecks: Sequence[Tensor], prototypes: Tensor, memory: Tensor) -> Iterator[Tensor]:
-    """Scores [≤ rows, K] of all samples, tile by tile in the same memory [rows, K], to be changed in place."""
-    with full_precision(prototypes):
-        for part in bottlenecks:
-            for tile in part.split(len(memory)) if len(part) else ():
-                yield torch.mm(tile, prototypes.mT, out=memory[: len(tile)])
+def _column_log_sums_(scores: Tensor) -> Tensor:
+    """[s, K], which are spent → log Σ over samples of exp(scores), [K]; nothing overflows, whatever the scores."""
+    largest = scores.amax(dim=0)
+    scores -= largest
+    return largest + scores.exp_().sum(dim=0).log()
 
 
-def _log_sums(tiles: Iterator[Tensor], log_sums: Tensor, *, world: World) -> Tensor:
-    """log Σ over samples of exp(scores) for every prototype, [K]; nothing overflows, whatever the scores."""
-    for scores in tiles:
-        largest = scores.amax(dim=0)
-        scores -= largest
-        log_sums = torch.logaddexp(log_sums, largest + scores.exp_().sum(dim=0).log())
+def _column_sums_(scores: Tensor, log_scaling: Tensor) -> Tensor:
+    """[s, K], which are spent → Σ over samples of softmax(scores + log_scaling), [K]."""
+    scores += log_scaling
+    scores -= scores.amax(dim=1, keepdim=True)
+    return torch.mv(scores.exp_().mT, 1 / scores.sum(dim=1))
+
+
+def _over_ranks(log_sums: Tensor, world: World) -> Tensor:
+    """log Σ over ranks of exp(log_sums); -inf where a rank has no samples."""
     largest = world.max_(log_sums.clone())
     shift = torch.where(largest.isneginf(), 0.0, largest)
     return shift + world.sum_((log_sums - shift).exp()).log()
