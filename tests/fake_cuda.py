@@ -63,6 +63,13 @@ class FakeCuda(TorchDispatchMode):
                 copy = args[0].clone()
             self._pinned[copy.untyped_storage().data_ptr()] = copy
             return copy
+        if op is _ATEN._fused_sgd_:  # in place, and the only one that torch has no fake form of
+            return None
+        if kwargs.get("pin_memory"):
+            with _disable_current_modes():
+                made = func(*args, **{**kwargs, "pin_memory": False})
+            self._pinned[made.untyped_storage().data_ptr()] = made
+            return made
         if not on_gpu and (wanted is None or torch.device(wanted).type != "cuda"):
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -108,6 +115,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
         patch.setattr(torch.autograd, "_engine_run_backward", run_backward)
+        patch.setattr(torch._C, "_current_graph_task_id", lambda: 0)  # activation checkpointing recomputes once a walk
         with FakeTensorMode(allow_non_fake_inputs=True), FakeCuda() as gpu:
             yield gpu
 

@@ -34,7 +34,7 @@ from scaler.nn.precision import at_least_fp32, full_precision
 from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
-from scaler.transfer import send_together
+from scaler.transfer import send, send_together
 from shards.decode import View
 
 _TILE_ELEMENTS = 1 << 24  # most prototype scores in memory at a time (64 MiB in fp32)
@@ -277,7 +277,7 @@ class DINOv2(Method):
         if self.gram_teacher is None or not hyper["gram_weight"]:
             return None
         images, crops, patch = batch["gram"], batch["crops"][0], self.gram_teacher.patch_size
-        mean, std = (crops.new_tensor(values).view(3, 1, 1) for values in self.normalization)
+        mean, std = send(torch.tensor(self.normalization, dtype=crops.dtype), crops.device).view(2, 3, 1, 1)
         patches = self.gram_teacher([(images.to(crops.dtype) / 255 - mean) / std])[0].patches
         old, new = ((x.shape[-2] // patch, x.shape[-1] // patch) for x in (images, crops))
         return to_grid(patches, old=old, new=new)
