@@ -205,6 +205,9 @@ class Method(nn.Module):
         """Units to shard, checkpoint and compile."""
         raise NotImplementedError
 
+    def compile_loss(self) -> None:
+        """Compile what gains by it outside of `blocks`, when it is first called; asked for by strategy.compile."""
+
     @torch.no_grad()
     def after_step(self, hyper: Hyper, lerp_: Lerp) -> None:
         """Called after every optimiser step; `lerp_(targets, sources, weight)` works on local shards."""

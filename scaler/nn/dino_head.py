@@ -86,4 +86,4 @@ class Prototypes(nn.Module):
         """The vectors, [K, width], at least fp32."""
         with full_precision(self.weight_v):
             v = at_least_fp32(self.weight_v)
-            return at_least_fp32(self.weight_g) * v / v.norm(dim=1, keepdim=True)
+            return v * (at_least_fp32(self.weight_g) / v.norm(dim=1, keepdim=True))

@@ -29,15 +29,12 @@ from scaler.methods.dinov2.settings import Settings as DINOv2Settings
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from scaler.methods.dinov2.weights import load_centers_, load_heads_
 from scaler.nn.backbones import check_image_size
-from scaler.nn.dino_head import DINOHead
 from scaler.nn.precision import at_least_fp32, full_precision
 from scaler.nn.vit import PackedViT
 from scaler.nn.weights import Weights, load_backbone_
 from scaler.schedules import cosine, linear
 from scaler.transfer import send, send_together
 from shards.decode import View
-
-_TILE_ELEMENTS = 1 << 24  # most prototype scores in memory at a time (64 MiB in fp32)
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,28 @@ class Observation:
 
 @dataclass(frozen=True)
 class Target:
-    """Teacher probabilities in compact form: softmax(scores of the bottlenecks / temperature + shift [K])."""
+    """Teacher probabilities in compact form: softmax(bottlenecks · prototypes / temperature + shift), of class tokens
+    and of masked ones. Prototypes [K, b] and shifts [K] are those of all micro-batches.
+    """
 
     observation: Observation
+    cls_prototypes: Tensor
+    patch_prototypes: Tensor
     cls_shift: Tensor
     patch_shift: Tensor
 
 
 class DINOv2(Method):
-    """Student, teacher, and the losses between them; see the module's docstring."""
+    """Student, teacher, and the losses between them; see the module's docstring.
+
+    Attributes:
+        tile_elements: most prototype scores in memory at a time; None: as suits the device (`default_tile_elements`).
+        fused: whether the passes over them are compiled.
+    """
 
     Settings = DINOv2Settings
-    tile_elements: int = _TILE_ELEMENTS
+    tile_elements: int | None = None
+    fused: bool = False
 
     def __init__(self, settings: DINOv2Settings, *, image_size: int, world: World) -> None:
         super().__init__(settings, image_size=image_size, world=world)
@@ -182,19 +189,22 @@ class DINOv2(Method):
 
     def combine(self, observations: list[Observation], hyper: Hyper) -> list[Target]:
         """See `Method.combine`: one shift per prototype and head, for the whole global batch."""
-        temperature = hyper["teacher_temperature"]
-        cls_shift = self._shift("cls", [o.cls for o in observations], self.teacher.dino_head, temperature)
-        patch_shift = self._shift("patch", [o.patches for o in observations], self.teacher.patch_head, temperature)
-        return [Target(observation, cls_shift, patch_shift) for observation in observations]
+        teacher, temperature = self.teacher, hyper["teacher_temperature"]
+        cls = teacher.dino_head.prototypes()
+        patches = cls if teacher.ibot_head is None else teacher.ibot_head.prototypes()
+        cls_shift = self._shift("cls", [o.cls for o in observations], cls, temperature)
+        patch_shift = self._shift("patch", [o.patches for o in observations], patches, temperature)
+        return [Target(observation, cls, patches, cls_shift, patch_shift) for observation in observations]
 
-    def _shift(self, kind: str, bottlenecks: list[Tensor], head: DINOHead, temperature: float) -> Tensor:
+    def _shift(self, kind: str, bottlenecks: list[Tensor], prototypes: Tensor, temperature: float) -> Tensor:
         if self.settings.centering == "sinkhorn":
             return sinkhorn_log_scaling(
                 bottlenecks,
-                head.prototypes(),
+                prototypes,
                 temperature=temperature,
                 world=self.world,
                 tile_elements=self.tile_elements,
+                fused=self.fused,
             )
         # The centre of earlier batches is applied, then moved. Scores are linear in the bottlenecks, so the mean score
         # of the global batch is the score of the mean bottleneck.
@@ -203,7 +213,7 @@ class DINOv2(Method):
         rows = torch.cat(bottlenecks)
         total = self.world.sum_(torch.cat([rows.sum(dim=0), rows.new_full((1,), float(len(rows)))]))
         with full_precision(total):
-            mean = F.linear(total[:-1] / total[-1].clamp(min=1.0), head.prototypes())
+            mean = F.linear(total[:-1] / total[-1].clamp(min=1.0), prototypes)
         moved = center.lerp(mean.to(center.dtype), 1.0 - self.settings.center_momentum)
         usable = mean.isfinite().all() & (total[-1] > 0)  # a step that will not be taken must not spoil the centre
         center.copy_(torch.where(usable, moved, center))
@@ -250,17 +260,19 @@ class DINOv2(Method):
         cls, patches = target.observation.cls.unflatten(0, (2, -1)), target.observation.patches[None]
         dino = loss.dino(
             cls_z,
-            Teacher(cls, self.teacher.dino_head.prototypes(), target.cls_shift, temperature),
+            Teacher(cls, target.cls_prototypes, target.cls_shift, temperature),
             scale=s.dino_weight,
         )
         ibot = loss.ibot(
             patch_z,
-            Teacher(patches, self.teacher.patch_head.prototypes(), target.patch_shift, temperature),
+            Teacher(patches, target.patch_prototypes, target.patch_shift, temperature),
             weights=batch["mask_weights"],
             num_crops=len(batch["crops"][0]),
             scale=s.ibot_weight,
         )
-        compare = partial(cross_entropy, temperature=s.student_temperature, tile_elements=self.tile_elements)
+        compare = partial(
+            cross_entropy, temperature=s.student_temperature, tile_elements=self.tile_elements, fused=self.fused
+        )
         if self.student.ibot_head is None:
             total, (of_cls, of_patches) = compare([dino, ibot], self.student.dino_head.prototypes())
             return total, of_cls, of_patches
@@ -342,6 +354,10 @@ class DINOv2(Method):
         """See `Method.blocks`: the student's blocks, then the teachers'."""
         backbones = [self.student.backbone, self.teacher.backbone, self.gram_teacher]
         return [block for backbone in backbones if backbone is not None for block in backbone.blocks()]
+
+    def compile_loss(self) -> None:
+        """See `Method.compile_loss`."""
+        self.fused = True
 
     def evaluated_backbone(self) -> PackedViT:
         """See `Method.evaluated_backbone`: the teacher's, whose feature is the class token after the final norm."""

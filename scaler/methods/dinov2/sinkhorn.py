@@ -15,7 +15,7 @@ Shapes: n samples, b bottleneck width, K prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,7 +52,8 @@ def sinkhorn_log_scaling(
     Returns:
         [K], equal on all ranks; zeros when there is no sample at all.
     """
-    column_log_sums, column_sums = (compiled(f, spends=1) if fused else f for f in (_column_log_sums_, _column_sums_))
+    passes: tuple[Callable[..., Tensor], ...] = (_column_log_sums_, _column_sums_)
+    column_log_sums, column_sums = (compiled(f, spends=1) if fused else f for f in passes)
     rows = max(1, (tile_elements or default_tile_elements(prototypes.device)) // len(prototypes))
     parts = [tile for part in bottlenecks if len(part) for tile in part.split(rows)]
     keys = prototypes.to(product_dtype(prototypes)).mT
