@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scaler.methods.dinov2.tiles import compiled, default_tile_elements
-from scaler.nn.precision import full_precision, product, product_dtype
+from scaler.nn.precision import full_precision, product, product_dtypes
 
 Pairs = Sequence[tuple[slice, slice]]
 
@@ -86,10 +86,9 @@ def cross_entropy(
     """Of all pairs, -Σ teacher · log softmax(student · prototypes / temperature): the scaled sum of the comparisons,
     which is differentiable, and each one's loss and signals.
 
-    Products are those of bf16 numbers where autocast says so, all else is in the precision of the student's
-    bottlenecks; under fp16 they too, since gradients are formed before a loss scale could keep them from rounding to
-    zero. Comparisons with the same prototypes belong into one call, since its gradient is as large as they are. The
-    graph can run backward once.
+    Where autocast says bf16, the factors of products are rounded (see `product_dtypes`); all else is in the precision
+    of the student's bottlenecks. Comparisons with the same prototypes belong into one call, since its gradient is as
+    large as they are. The graph can run backward once.
 
     Args:
         comparisons: of a student with these prototypes.
@@ -106,6 +105,13 @@ def cross_entropy(
     return total, [CrossEntropy(*row.unbind()) for row in values]
 
 
+class _Keys(NamedTuple):
+    """The student's prototypes [K, b], rounded as factors of scores and as those of gradients."""
+
+    of_scores: Tensor
+    of_gradients: Tensor
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,7 +123,8 @@ class _CrossEntropy(torch.autograd.Function):
         prototypes: Tensor,
         *students: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        keys = prototypes.to(product_dtype(prototypes))
+        dtypes = product_dtypes(prototypes)
+        keys = _Keys(*(prototypes.to(dtype) for dtype in dtypes))
         ctx.gradients = None
         if any(ctx.needs_input_grad):
             ctx.gradients = [torch.zeros_like(x) for x in (prototypes, *students)]
@@ -148,7 +155,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _compare(
     comparison: Comparison,
-    keys: Tensor,
+    keys: _Keys,
     *,
     temperature: float,
     tile_elements: int,
@@ -159,7 +166,8 @@ def _compare(
     student, teacher, pairs = comparison.student, comparison.teacher, comparison.pairs
     (v, n, _), t = student.shape, len(teacher.bottlenecks)
     z, teacher_z, teacher_keys = student / temperature, teacher.bottlenecks / teacher.temperature, teacher.prototypes
-    teacher_z, teacher_keys = teacher_z.to(keys.dtype), teacher_keys.to(keys.dtype)
+    (num_keys, _), dtype, gradient_dtype = keys.of_scores.shape, keys.of_scores.dtype, keys.of_gradients.dtype
+    teacher_z, teacher_keys = teacher_z.to(dtype), teacher_keys.to(dtype)
     values = student.new_zeros(3)
     # A crop with two partners has the mean of their probabilities as its target, and twice the weight.
     weights = student.new_empty(v, n)
@@ -168,14 +176,14 @@ def _compare(
     singles = sum(len(range(v)[crops]) for crops, partners in pairs if len(range(t)[partners]) == 1)
     # In memory at once: the student's scores, those of a range's partners and their mean, and products of the two.
     most = max(len(range(v)[crops]) + 2 * len(range(t)[partners]) - 1 for crops, partners in pairs)
-    size = max(1, tile_elements // ((v + most) * len(keys)))
+    size = max(1, tile_elements // ((v + most) * num_keys))
 
     def add_tile(samples: slice) -> None:
         """Its own function, so that a tile's scores are gone before the next one's come."""
         rows = z[:, samples]
-        scores = _scores(rows.to(keys.dtype), keys)
-        in_place = scores.dtype == keys.dtype and compare_tile is _compare_tile_
-        delta = scores if in_place else torch.empty_like(scores, dtype=keys.dtype)
+        scores = _scores(rows.to(dtype), keys.of_scores)
+        in_place = scores.dtype == gradient_dtype and compare_tile is _compare_tile_
+        delta = scores if in_place else torch.empty_like(scores, dtype=gradient_dtype)
         losses = []
         for crops, partners in pairs:
             signals = comparison.signals and len(range(t)[partners]) == 1
@@ -189,8 +197,8 @@ def _compare(
         if gradients is not None:
             flat = delta.flatten(0, 1)
             scaled = rows * (comparison.scale * weights[:, samples, None])
-            _add_product_(gradients[0], flat.mT, scaled.to(keys.dtype).flatten(0, 1))
-            gradients[1][:, samples] = product(flat, keys).view_as(rows)
+            _add_product_(gradients[0], flat.mT, scaled.to(gradient_dtype).flatten(0, 1))
+            gradients[1][:, samples] = product(flat, keys.of_gradients).view_as(rows)
 
     for start in range(0, n, size):
         add_tile(slice(start, start + size))

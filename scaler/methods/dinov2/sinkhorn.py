@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scaler.collectives import World
 from scaler.methods.dinov2.tiles import compiled, default_tile_elements
-from scaler.nn.precision import full_precision, product, product_dtype
+from scaler.nn.precision import full_precision, product, product_dtypes
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def sinkhorn_log_scaling(
 ) -> Tensor:
     """The prototypes' log scaling [K] for the samples of all micro-batches and ranks together.
 
-    Scores are products of bf16 numbers where autocast says so.
+    Where autocast says bf16, scores are products of numbers rounded to fp16 (see `product_dtypes`).
 
     Args:
         bottlenecks: [n, b] of every local micro-batch; a rank may have no samples.
@@ -56,7 +56,7 @@ def sinkhorn_log_scaling(
     column_log_sums, column_sums = (compiled(f, spends=1) if fused else f for f in passes)
     rows = max(1, (tile_elements or default_tile_elements(prototypes.device)) // len(prototypes))
     parts = [tile for part in bottlenecks if len(part) for tile in part.split(rows)]
-    keys = prototypes.to(product_dtype(prototypes)).mT
+    keys = prototypes.to(product_dtypes(prototypes)[0]).mT
 
     def score(part: Tensor) -> Tensor:
         return product((part / temperature).to(keys.dtype), keys)
