@@ -11,14 +11,13 @@ device is waited for at the end of a block of them. Whoever is compared takes tu
 On one H200, about 8 minutes in all, each its own dated file:
 
     R=scaler/bench/results/$(date +%F)-h200-
-    scaler bench step dinov2/vitl16_in1k --images 64 --compare strategy.compile=true --trace vitl16.json.gz \
-        --out ${R}vitl16-compare.json
+    scaler bench step dinov2/vitl16_in1k --images 64 --compare strategy.compile=true --rounds 3 \
+        --vary strategy.activation_checkpointing=none,selective --out ${R}vitl16.json
     scaler bench step dinov2/vits16_in1k --images 128 --vary strategy.compile=false,true --out ${R}vits16.json
-    scaler bench step dinov2/vitg14_in1k --images 32 method.group_size=32 strategy.compile=true \
-        --vary strategy.activation_checkpointing=selective,blocks --rounds 3 --out ${R}vitg14.json
-    scaler bench step dinov2/vitl16_in1k --images 64 strategy.compile=true \
-        --vary strategy.activation_checkpointing=none,selective,blocks --rounds 3 --out ${R}vitl16-checkpointing.json
-    scaler bench step dinov2/vitl16_in1k --images 64 --vary strategy.name=ddp,fsdp2 --rounds 3 --out ${R}eager.json
+    scaler bench step dinov2/vitg14_in1k --images 32 method.group_size=32 strategy.compile=true --rounds 3 \
+        strategy.activation_checkpointing=selective --out ${R}vitg14.json
+    scaler bench step dinov2/vitl16_in1k --images 64 strategy.compile=true --trace vitl16.json.gz \
+        --out ${R}vitl16-trace.json
 """
 
 from __future__ import annotations

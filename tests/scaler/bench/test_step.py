@@ -231,3 +231,12 @@ def test_several_processes_measure_together(strategy: str, tmp_path: Path) -> No
     done = scaler("bench", "step", "dinov2/demo", *words)
     (row,) = json.loads(done.stdout)["rows"]
     assert row["profile"]["collective_seconds"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_timed_by_its_own_events() -> None:
+    overrides = ["strategy.precision=bf16", "strategy.compile=true"]
+    result = measure("dinov2/demo", overrides=overrides, images=M, compare=True, seconds=0.2, rounds=2)
+    for row in result["rows"]:
+        assert 0 < row["mfu"] < 1 and row["peak_bytes"] > 1e6
+        assert sum(row["parts"].values()) == pytest.approx(M / row["images_per_second"], rel=0.2)
