@@ -28,7 +28,7 @@ from scaler.bench.stepper import noise
 from scaler.collectives import World
 from scaler.methods.base import Method
 from scaler.plan.live import LiveBytes
-from scaler.recipe import Recipe
+from scaler.recipe import Recipe, StrategySettings
 from scaler.strategies.base import DTYPES
 from scaler.strategies.blocks import arrange_blocks_
 from scaler.strategies.ddp import DDP
@@ -137,18 +137,27 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        operation = _IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        operation = _AS.get(func._overloadpacket, func._overloadpacket)
         if operation in flop_registry:
             self.count += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
         return out
 
 
-# What torch has formulas for under another name only.
-_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+# What torch has formulas for under another name only; those of a CPU's attention are younger than torch 2.11.
+_AS = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
 
 
 class _Bare(DDP):
-    """One process without optimiser."""
+    """One process without optimiser, in the place of any strategy."""
+
+    reads = frozenset(StrategySettings.model_fields)
 
     def prepare(self, method: Method, make_optimizer: Any = None) -> None:
         """See `Strategy.prepare`."""
