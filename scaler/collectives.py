@@ -120,4 +120,4 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return [int(v) for v in self._values]
+        return self._values.numpy().tolist()

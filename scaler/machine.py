@@ -7,7 +7,9 @@ machine.close()
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import psutil
@@ -44,6 +46,7 @@ class MachineMeter:
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
         self._readings, self._first = 0, 0.0
+        self._host, self._host_at = 0.0, -math.inf  # GiB, and when that was measured
         self.problem: str | None = None
         self._sample()  # here, so that what is missing is known before the first step
         if self._gpus and self.problem is None:
@@ -52,7 +55,8 @@ class MachineMeter:
 
     def read(self) -> dict[str, float]:
         """Since the last reading: `memory_gib` (see `memory_gib`), `memory_growth_gib` (since the tenth reading, from
-        there on), `host_memory_gib` (this process and its loader's workers; pages that they share count for each), and
+        there on), `host_memory_gib` (this process and its loader's workers; pages that they share count for each; at
+        most `interval` old, since it means a look at all processes of the machine, milliseconds of a short step), and
         with GPUs `gpu_utilization`, the mean of them, 0 to 1."""
         memory = memory_gib(self._device)
         row = {"memory_gib": memory, "host_memory_gib": self._host_memory()}
@@ -75,13 +79,16 @@ class MachineMeter:
             self._thread = None
 
     def _host_memory(self) -> float:
-        total = 0
+        now, total = time.monotonic(), 0
+        if now - self._host_at < self._interval:
+            return self._host
         for process in [self._process, *self._process.children(recursive=True)]:
             try:
                 total += process.memory_info().rss
             except psutil.NoSuchProcess:  # it ended meanwhile
                 continue
-        return total / 2**30
+        self._host, self._host_at = total / 2**30, now
+        return self._host
 
     def _watch(self) -> None:
         while not self._end.wait(self._interval) and self.problem is None:

@@ -31,7 +31,7 @@ def test_growth_counts_from_the_tenth_reading() -> None:
 
 
 def test_host_memory_counts_child_processes() -> None:
-    meter = MachineMeter(CPU)
+    meter = MachineMeter(CPU, interval=0.0)
     before = meter.read()["host_memory_gib"]
     code = "block = bytearray(2**28); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
