@@ -166,7 +166,12 @@ class StrategySettings(Section):
         "blocks: their inputs alone; a number: so many blocks their inputs alone, the others all",
     )
     compile: bool = Field(False, description="torch.compile the blocks, each kind of them once")
-    reshard_after_forward: bool = Field(True, description="FSDP2: free a block's weights after its forward")
+    reshard_after_forward: bool | Annotated[int, Field(gt=1)] = Field(
+        True,
+        description="FSDP2: free a block's weights after its forward; a number: but keep them among so many ranks "
+        "(of a machine), from whom they are gathered for the backward",
+    )
+    prefetch: int = Field(1, ge=0, description="FSDP2: blocks gathered ahead of the one that runs; 0: as torch does")
     cpu_offload: bool = Field(False, description="FSDP2: keep shards in host memory")
     shard_group: Literal["all", "node"] | Annotated[int, Field(gt=0)] = Field(
         "all", description="FSDP2: ranks that hold one copy of the model between them; fewer than all: hybrid sharding"

@@ -124,9 +124,12 @@ def _fsdp2(model: Model, trace: Trace, setup: Setup) -> Sides:
         held, trained = {**dict.fromkeys(held, 0), "teacher": model.buffer_bytes}, 0
     root = size * model.units[ROOT]
     blocks = [size * count for unit, count in model.units.items() if unit != ROOT]
-    # One unit in use, one gathered ahead of use, and the flat buffer it comes in.
-    block = max(blocks, default=0)
-    around = 3 * block if settings.reshard_after_forward else sum(blocks) + 2 * block
+    # One unit in use, and either the next one with the flat buffer it comes in, or so many buffers ahead.
+    block, after = max(blocks, default=0), settings.reshard_after_forward
+    learning = {w.unit for w in model.trained} - {ROOT}
+    around = min(1 + max(2, settings.prefetch), len(learning)) * block if after else sum(blocks) + 2 * block
+    if not isinstance(after, bool):  # after their forward, the ranks of a machine have all of a block between them
+        around += size * sum(model.units[unit] for unit in learning) // after
     sizes: Counter[int] = Counter()
     for weight in model.trained:
         sizes[weight.unit] += weight.numel
@@ -139,9 +142,12 @@ def _fsdp2(model: Model, trace: Trace, setup: Setup) -> Sides:
         yield _Moment("forward", waiting, trace.forward, root + around - block)
         here: Counter[int] = Counter()
         shards = travelling = 0
+        in_blocks = False  # until then, of the blocks the last alone is gathered
         for segment in trace.backward:
-            yield _Moment("backward", waiting + shards, segment.peak, root + around, travelling)
             weight = model.weights[segment.parameter]
+            in_blocks |= weight.unit != ROOT
+            gathered = root + (around if in_blocks or not settings.reshard_after_forward else block)
+            yield _Moment("backward", waiting + shards, segment.peak, gathered, travelling)
             here[weight.unit] += weight.numel
             waiting += 0 if segment.parameter in trace.early else size * weight.numel
             if here[weight.unit] < sizes[weight.unit]:

@@ -54,31 +54,34 @@ def traffic_of(name: str, model: Model, trace: Trace, setup: Setup) -> Traffic:
         reduced = trained if name == "zero1" else all_gradients
         return Traffic(everywhere=_ring(2 * _gradient_size(setup) * reduced + _FP32 * trained, n))
     keeps = name == "zero3" and not trace.observe and model.count(model.weights.values()) <= LIVE
-    passes = _passes(trace, model, count, again=not keeps and (name == "zero3" or setup.settings.reshard_after_forward))
+    passes, again = _passes(trace, model, count)
     if name == "zero3":
         passes[ROOT] = count * (1 if keeps else 2 + bool(trace.observe))
-        gathered = sum(passes[unit] * size for unit, size in model.units.items())
+        gathered = sum((passes[unit] + (not keeps) * again[unit]) * size for unit, size in model.units.items())
         return Traffic(everywhere=_ring(_FP32 * gathered + _gradient_size(setup) * all_gradients, n))
-    passes[ROOT] = count
-    gathered = sum(passes[unit] * size for unit, size in model.units.items())
+    passes[ROOT], after = count, setup.settings.reshard_after_forward
+    if after:
+        again[max(again)] = 0  # the last trained block is not freed between its forward and its backward
+    gathered, twice = (sum(times[unit] * size for unit, size in model.units.items()) for times in (passes, again))
+    near = not isinstance(after, bool)  # gathered again from so many ranks
+    gathered += twice if after and not near else 0
+    if not after:  # gathered once, a trained block until its backward, and the others until the weights change
+        gathered = sum((count if again[unit] or unit == ROOT else 1) * size for unit, size in model.units.items())
     size = DTYPES[setup.settings.precision].itemsize
     reduced = _FP32 if size == _FP32 else DTYPES[setup.settings.reduce_precision].itemsize
     width = setup.shard_ranks
     inside = _ring(size * gathered + reduced * trained, width)
+    nearby = _ring(size * twice, int(after)) if near else 0
     if width == n:
-        return Traffic(everywhere=inside)
-    return Traffic(inside=inside, across=_ring(2 * reduced * -(-trained // width), n // width))
+        return Traffic(everywhere=inside, inside=nearby)
+    return Traffic(inside=inside + nearby, across=_ring(2 * reduced * -(-trained // width), n // width))
 
 
-def _passes(trace: Trace, model: Model, count: int, *, again: bool) -> Counter[int]:
+def _passes(trace: Trace, model: Model, count: int) -> tuple[Counter[int], Counter[int]]:
     """How often each block's weights are gathered in a step: for every forward, and again for its backward."""
     learns = {w.unit for w in model.trained}
-    return Counter(
-        {
-            unit: count * (trace.observed[unit] + trace.learned[unit] * (1 + (again and unit in learns)))
-            for unit in model.units
-        }
-    )
+    forwards = {unit: count * (trace.observed[unit] + trace.learned[unit]) for unit in model.units}
+    return Counter(forwards), Counter({unit: count * trace.learned[unit] for unit in learns})
 
 
 def _gradient_size(setup: Setup) -> int:

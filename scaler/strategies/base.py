@@ -120,6 +120,8 @@ class Strategy:
         arrange_blocks_(
             method.blocks(), checkpointing=self.settings.activation_checkpointing, compiled=self.settings.compile
         )
+        if self.settings.compile:
+            method.compile_loss()
 
         def make() -> torch.optim.Optimizer:
             optimizer = make_optimizer()
@@ -328,7 +330,15 @@ class Strategy:
 
 # Settings of the recipe's strategy section that only some strategies read.
 _SPECIFIC = frozenset(
-    ("reshard_after_forward", "cpu_offload", "shard_group", "reduce_precision", "static_graph", "deepspeed_config")
+    (
+        "reshard_after_forward",
+        "prefetch",
+        "cpu_offload",
+        "shard_group",
+        "reduce_precision",
+        "static_graph",
+        "deepspeed_config",
+    )
 )
 
 

@@ -21,6 +21,7 @@ at its eighth block, and runs all others uncompiled.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ def _checkpointed(forward: Forward, *, selective: bool) -> Forward:
     options: dict[str, Any] = {}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+        if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters:  # as of torch 2.13 or so
+            options["respect_saved_tensors_hooks"] = True
 
     def run(block: nn.Module, *args: Any) -> Any:
         return checkpoint(forward, block, *args, use_reentrant=False, **options)

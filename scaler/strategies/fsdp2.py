@@ -7,7 +7,7 @@ node: "node") holds one copy of the model, and gradients are averaged over the g
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -27,16 +27,17 @@ class FSDP2(Strategy):
     name = "fsdp2"
     sharded = True
     cut = ("parameters", "gradients", "optimizer", "teacher")
-    reads = frozenset({"reshard_after_forward", "cpu_offload", "shard_group", "reduce_precision"})
+    reads = frozenset({"reshard_after_forward", "prefetch", "cpu_offload", "shard_group", "reduce_precision"})
 
     def wrap(self, method: Method, make_optimizer: MakeOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See `Strategy.wrap`.
 
         Weights are gathered, and gradients computed, in the run's precision; gradients are reduced in
-        `reduce_precision`.
+        `reduce_precision`. The last trained block is not freed after its forward: its backward comes next.
 
         Raises:
-            ValueError: a shard group that does not divide the ranks.
+            ValueError: a shard group that does not divide the ranks, or a reshard_after_forward that does not divide
+                the shard group.
         """
         width = shard_width(self.settings.shard_group, world_size=self.world.size)
         if width == self.world.size:
@@ -52,9 +53,14 @@ class FSDP2(Strategy):
             cast_forward_inputs=False,
         )
         offload = CPUOffloadPolicy() if self.settings.cpu_offload else OffloadPolicy()
-        reshard = self.settings.reshard_after_forward
-        for block in method.blocks():
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+        reshard = check_reshard(self.settings.reshard_after_forward, width=width)
+        for row in rows_of_blocks(method):
+            for block in row:
+                trained = any(p.requires_grad for p in block.parameters())
+                # What has no backward need not be near for one.
+                after = False if trained and block is row[-1] else reshard if trained else bool(reshard)
+                fully_shard(block, mesh=mesh, reshard_after_forward=after, mp_policy=policy, offload_policy=offload)
+            prefetch_(row, self.settings.prefetch)
         fully_shard(method, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
         return method, make_optimizer()
 
@@ -92,6 +98,42 @@ class FSDP2(Strategy):
         for module in self.method.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def rows_of_blocks(method: Method) -> list[list[nn.Module]]:
+    """The method's blocks as they run one after the other: those of the student, of the teacher, … each a row."""
+    names = {module: name.partition(".")[0] for name, module in method.named_modules()}
+    rows: dict[str, list[nn.Module]] = {}
+    for block in method.blocks():
+        rows.setdefault(names[block], []).append(block)
+    return list(rows.values())
+
+
+def prefetch_(row: Sequence[nn.Module], count: int) -> None:
+    """Gather so many blocks ahead of the one that runs: the next in a forward, those before it in a backward.
+
+    With 0 torch gathers the next block when the host comes to it, and in a backward one block ahead.
+    """
+    units = list[FSDPModule](block for block in row if isinstance(block, FSDPModule))
+    for i, unit in enumerate(units if count else ()):
+        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + count])
+        # None at all would mean torch's own, which after the first block gathers what ran before it: the teacher.
+        unit.set_modules_to_backward_prefetch(units[max(0, i - count) : i][::-1] or [unit])
+
+
+def check_reshard(after: bool | int, *, width: int) -> bool | int:
+    """What a block's weights become after its forward: cut over all ranks again, not at all, or over so many.
+
+    Raises:
+        ValueError: a number of ranks that does not divide the shard group.
+    """
+    if not isinstance(after, bool) and (after >= width or width % after):
+        valid = [n for n in range(2, width) if width % n == 0]
+        raise ValueError(
+            f"strategy.reshard_after_forward is {after} ranks, which is no part of a shard group of {width}; "
+            f"valid: {', '.join(map(str, ['true', 'false', *valid]))}"
+        )
+    return after
 
 
 def shard_width(group: str | int, *, world_size: int) -> int:
