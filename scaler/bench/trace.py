@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from scaler.bench.syncs import as_line, counted, host_syncs
+
 # Kinds of work by the names of kernels, or on a CPU of torch's operations; the first that fits.
 _KINDS = {
     "collectives": r"nccl|gloo:|c10d::",
@@ -38,18 +40,21 @@ def profile_step(step: Callable[[], Any], device: torch.device, *, file: Path | 
     Returns:
         `seconds_by_kind` of kernels (on a CPU of operations, without those that they call), `collective_seconds` (next
         to other work, so no part of the step's time), `idle` share of the GPU between its first kernel and its last
-        (None on a CPU), and `kernels`, how many.
+        (None on a CPU), `kernels`, how many; `host_syncs`, how often the host waited, by what made it (see
+        `scaler.bench.syncs`), and `waiting`, the same in words.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     for _ in range(2):  # the first time the profiler sets itself up
         with profile(activities=activities) as profiler:
-            step()
+            with counted():
+                step()
             if cuda:
                 torch.cuda.synchronize(device)
     if file is not None:
         profiler.export_chrome_trace(str(file))
     events = list(profiler.events() or ())
+    waits = host_syncs(events)
     seconds: Counter[str] = Counter()
     if cuda:
         on_gpu = (e for e in events if e.device_type.name == "CUDA")
@@ -69,6 +74,8 @@ def profile_step(step: Callable[[], Any], device: torch.device, *, file: Path | 
         "collective_seconds": collectives,
         "idle": idle_share(spans) if spans else None,
         "kernels": len(kernels),
+        "host_syncs": dict(waits),
+        "waiting": as_line(waits, device=device),
     }
 
 
@@ -97,6 +104,7 @@ def as_lines(profiled: Mapping[str, Any], *, file: str | None) -> Iterator[str]:
     shares = ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in kinds.items() if seconds)
     idle = "" if profiled["idle"] is None else f"; the GPU is idle for at most {100 * profiled['idle']:.1f} %"
     yield f"one profiled step: {profiled['kernels']} kernels or operations: {shares}{idle}"
+    yield f"in it {profiled['waiting']}"
     if profiled["collective_seconds"]:
         yield f"collectives: {1000 * profiled['collective_seconds']:.1f} ms of a step, beside other work or waiting"
     if file is not None:
