@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scaler.methods.dinov2.tiles import compiled, default_tile_elements
+from scaler.methods.dinov2.tiles import compiled, default_tile_elements, tiles
 from scaler.nn.precision import full_precision, product, product_dtypes
 
 Pairs = Sequence[tuple[slice, slice]]
@@ -100,7 +100,7 @@ def cross_entropy(
     """
     students = [comparison.student for comparison in comparisons]
     tile_elements = tile_elements or default_tile_elements(prototypes.device)
-    compare_tile = compiled(_compare_tile_, spends=2) if fused else _compare_tile_
+    compare_tile = compiled(_compare_tile) if fused else _compare_tile_
     total, values = _CrossEntropy.apply(comparisons, temperature, tile_elements, compare_tile, prototypes, *students)
     return total, [CrossEntropy(*row.unbind()) for row in values]
 
@@ -176,7 +176,7 @@ def _compare(
     singles = sum(len(range(v)[crops]) for crops, partners in pairs if len(range(t)[partners]) == 1)
     # In memory at once: the student's scores, those of a range's partners and their mean, and products of the two.
     most = max(len(range(v)[crops]) + 2 * len(range(t)[partners]) - 1 for crops, partners in pairs)
-    size = max(1, tile_elements // ((v + most) * num_keys))
+    size = tile_elements // ((v + most) * num_keys)
 
     def add_tile(samples: slice) -> None:
         """Its own function, so that a tile's scores are gone before the next one's come."""
@@ -200,8 +200,8 @@ def _compare(
             _add_product_(gradients[0], flat.mT, scaled.to(gradient_dtype).flatten(0, 1))
             gradients[1][:, samples] = product(flat, keys.of_gradients).view_as(rows)
 
-    for start in range(0, n, size):
-        add_tile(slice(start, start + size))
+    for samples in tiles(n, at_most=size):
+        add_tile(samples)
     if gradients is not None:
         gradients[1].mul_(weights[:, :, None] * (comparison.scale / temperature))
     return values
@@ -235,6 +235,11 @@ def _compare_tile_(scores: Tensor, logits: Tensor, shift: Tensor, delta: Tensor 
     if delta is not None:
         delta.copy_(scores)
     return torch.stack([total.squeeze(-1).log() - own, *found])
+
+
+def _compare_tile(scores: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    """The same, to be compiled: what is in between, these copies too, then takes no memory."""
+    return _compare_tile_(scores.clone(), logits.clone(), *args)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scaler.collectives import World
-from scaler.methods.dinov2.tiles import compiled, default_tile_elements
+from scaler.methods.dinov2.tiles import compiled, default_tile_elements, tiles
 from scaler.nn.precision import full_precision, product, product_dtypes
 
 
@@ -52,10 +52,10 @@ def sinkhorn_log_scaling(
     Returns:
         [K], equal on all ranks; zeros when there is no sample at all.
     """
-    passes: tuple[Callable[..., Tensor], ...] = (_column_log_sums_, _column_sums_)
-    column_log_sums, column_sums = (compiled(f, spends=1) if fused else f for f in passes)
-    rows = max(1, (tile_elements or default_tile_elements(prototypes.device)) // len(prototypes))
-    parts = [tile for part in bottlenecks if len(part) for tile in part.split(rows)]
+    column_log_sums: Callable[..., Tensor] = compiled(_column_log_sums) if fused else _column_log_sums_
+    column_sums: Callable[..., Tensor] = compiled(_column_sums) if fused else _column_sums_
+    rows = (tile_elements or default_tile_elements(prototypes.device)) // len(prototypes)
+    parts = [part[samples] for part in bottlenecks for samples in tiles(len(part), at_most=rows)]
     keys = prototypes.to(product_dtypes(prototypes)[0]).mT
 
     def score(part: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def sinkhorn_log_scaling(
         keep = len(parts) == 1 and (fused or 2 * len(parts[0]) <= rows)
         kept = [score(part) for part in parts if keep]
 
-        def tiles() -> Iterable[Tensor]:
+        def all_scores() -> Iterable[Tensor]:
             if not keep:
                 return map(score, parts)
             return kept if fused else [scores.clone() for scores in kept]
@@ -75,7 +75,7 @@ def sinkhorn_log_scaling(
         for iteration in range(num_iterations):
             if iteration == 0:
                 log_sums = torch.full_like(log_scaling, -torch.inf)
-                for scores in tiles():
+                for scores in all_scores():
                     log_sums = torch.logaddexp(log_sums, column_log_sums(scores))
                     del scores  # before there are the next ones
                 log_sums = _over_ranks(log_sums, world)
@@ -84,7 +84,7 @@ def sinkhorn_log_scaling(
                 # prototype's column sum to one, and a sample's normaliser is at most K, so each new sum is at least
                 # 1/K.
                 sums = torch.zeros_like(log_scaling)
-                for scores in tiles():
+                for scores in all_scores():
                     sums += column_sums(scores, log_scaling)
                     del scores
                 log_sums = world.sum_(sums).log()
@@ -104,6 +104,16 @@ def _column_sums_(scores: Tensor, log_scaling: Tensor) -> Tensor:
     scores += log_scaling
     scores -= scores.amax(dim=1, keepdim=True)
     return torch.mv(scores.exp_().mT, 1 / scores.sum(dim=1))
+
+
+def _column_log_sums(scores: Tensor) -> Tensor:
+    """The same, to be compiled: what is in between, the copy too, then takes no memory."""
+    return _column_log_sums_(scores.clone())
+
+
+def _column_sums(scores: Tensor, log_scaling: Tensor) -> Tensor:
+    """The same, to be compiled."""
+    return _column_sums_(scores.clone(), log_scaling)
 
 
 def _over_ranks(log_sums: Tensor, world: World) -> Tensor:

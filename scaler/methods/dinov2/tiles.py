@@ -1,16 +1,14 @@
-"""Tiles: so many samples at a time that their scores against all prototypes take no more than a budget of memory.
-
-On a GPU a tile costs its matrix products and one or two kernels for all else, if the run compiles.
-"""
+"""Tiles: so many samples at a time that their scores against all prototypes take no more than a budget of memory."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Most scores in memory at a time where nobody says how many: 1 GiB in fp32 on a GPU, where more rows at a time mean
 # fewer passes over the prototypes' gradient; elsewhere 64 MiB.
@@ -23,23 +21,31 @@ def default_tile_elements(device: torch.device) -> int:
     return _ELEMENTS.get(device.type, _ELEMENTS_ELSEWHERE)
 
 
+def tiles(num_samples: int, *, at_most: int) -> Iterator[slice]:
+    """Ranges of about equally many of the samples, at most so many (but at least one)."""
+    count = -(-num_samples // max(1, at_most))
+    for i in range(count):
+        yield slice(i * num_samples // count, (i + 1) * num_samples // count)
+
+
 @functools.cache
-def compiled(function: Callable[..., Tensor], *, spends: int) -> Callable[..., Tensor]:
-    """A function of tiles [..., s, K], compiled once for any number of samples s.
-
-    The many passes over the scores that it is written in become one or two. Its first arguments, so many as it
-    `spends`, stay as they were: what is between the first value and the last needs no memory.
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tiles [..., s, K], compiled once for any number of samples s: the many passes over the scores that
+    it is written in become one or two.
     """
+    import torch._dynamo  # takes seconds, and most processes compile nothing
 
-    def pure(*args: Any) -> Tensor:
-        return function(*(x.clone() for x in args[:spends]), *args[spends:])
-
-    fused = torch.compile(pure, fullgraph=True)
+    fused = torch.compile(function, fullgraph=True)
+    # Else dynamo, inside of DDP's forward, looks for the borders of its buckets.
+    alone = torch._dynamo.config.patch(optimize_ddp=False)
 
     def call(*args: Any) -> Tensor:
+        if is_in_torch_dispatch_mode(include_infra_modes=False):  # one that looks at every operation
+            return function(*args)
         for x in args:
             if isinstance(x, Tensor) and x.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
-        return fused(*args)
+        with alone:
+            return fused(*args)
 
     return call
