@@ -182,6 +182,33 @@ def bench_convert(
     _show(result, as_json, as_table, as_lines)
 
 
+@benchmarks.command("loop", epilog="Example: scaler bench loop dinov2/demo track.log_every='10 steps'")
+def bench_loop(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a short name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values, as data.image_size=112.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each loop.")] = 10,
+    trackers: Annotated[
+        str, typer.Option(help="Whose rows are timed: none, or of tensorboard, wandb.")
+    ] = "tensorboard",
+    as_json: Json = False,
+) -> None:
+    """What our training loop costs against a bare one, interleaved on one process on noise; and logging and pauses."""
+    from scaler.bench.loop import as_lines, as_table, measure
+
+    result = measure(
+        recipe,
+        overrides=overrides or [],
+        steps=steps,
+        rounds=rounds,
+        trackers=_listed(trackers, ()),
+        say=_say,
+    )
+    _show(result, as_json, as_table, as_lines)
+
+
 @benchmarks.command("loss", epilog="Example: scaler bench loss --method simclr --size 8192")
 def bench_loss(
     method: Annotated[str, typer.Option(help="simclr or dinov2.")] = "simclr",

@@ -102,7 +102,7 @@ def sample_color(
     Of several copies they come copy by copy, m each.
     """
     copies = np.atleast_1d(np.asarray(copy))[:, None]
-    u = keyed_uniform("color", seed, _numpy(epochs), _numpy(ids), view, copies, count=13).reshape(-1, 13)
+    u = keyed_uniform("color", seed, np.asarray(epochs), np.asarray(ids), view, copies, count=13).reshape(-1, 13)
     strengths = np.array([color.brightness, color.contrast, color.saturation])
     low, high = np.maximum(0.0, 1.0 - strengths), 1.0 + strengths
     factors = np.concatenate([low + u[:, :3] * (high - low), (2.0 * u[:, 3:4] - 1.0) * color.hue], axis=1)
@@ -257,7 +257,3 @@ def _blur_by_shifts(y: Tensor, taps: Tensor) -> Tensor:
     for i in range(half):
         out.addcmul_(rows[:, :, i : i + h] + rows[:, :, k - 1 - i : k - 1 - i + h], weight[:, i])
     return out
-
-
-def _numpy(x: Tensor | NDArray[np.int64]) -> NDArray[np.int64]:
-    return x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
