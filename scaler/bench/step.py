@@ -462,7 +462,9 @@ def as_table(result: Mapping[str, Any]) -> Group:
     s = result["recipe"]["method"]
     where = result["device"] if result["device"] != "cpu" else f"cpu, {result['threads']} threads"
     ranks = f"{result['ranks']} rank{'s' if result['ranks'] > 1 else ''}"
-    title = f"{s['name']}, {s['backbone']}, {ranks} on {where}, {result['data']} data"
+    settings, varied = result["recipe"]["strategy"], result["rows"][0]["variant"]
+    same = " ".join(settings[key] for key in ("name", "precision") if f"strategy.{key}" not in varied)
+    title = f"{s['name']}, {s['backbone']}, {same}, {ranks} on {where}, {result['data']} data"
     steps, parts = Table(title=title, title_justify="left"), Table(title="ms by part (means)", title_justify="left")
     for table, first in ((steps, "step"), (parts, "part")):
         table.add_column(first, overflow="fold")
