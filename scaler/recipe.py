@@ -166,6 +166,9 @@ class StrategySettings(Section):
         "blocks: their inputs alone; a number: so many blocks their inputs alone, the others all",
     )
     compile: bool = Field(False, description="torch.compile the blocks, each kind of them once")
+    fp8: bool = Field(
+        False, description="DDP, FSDP2 in bf16: the blocks' linear layers multiply in fp8, for large models on Hopper"
+    )
     reshard_after_forward: bool | Annotated[int, Field(gt=1)] = Field(
         True,
         description="FSDP2: free a block's weights after its forward; a number: but keep them among so many ranks "

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from scaler.collectives import World
 from scaler.methods.base import Method
 from scaler.strategies.blocks import arrange_blocks_
+from scaler.strategies.fp8 import to_fp8_
 from scaler.strategies.loss_scale import LossScale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,6 +118,8 @@ class Strategy:
             ValueError: settings, optimiser and strategy do not fit together.
         """
         self.method = method.to(self.device)
+        if self.settings.fp8:
+            to_fp8_(method.blocks(), strategy=self.name, precision=self.settings.precision, device=self.device)
         arrange_blocks_(
             method.blocks(), checkpointing=self.settings.activation_checkpointing, compiled=self.settings.compile
         )
@@ -312,6 +315,7 @@ class Strategy:
             "optimizer_state": _dtypes(self._state_tensors()),
             "activation_checkpointing": self.settings.activation_checkpointing,
             "compile": self.settings.compile,
+            "fp8": self.settings.fp8,
             "parameters": sum(self.numel(p) for p in parameters),
             "trained_parameters": sum(self.numel(p) for p in parameters if p.requires_grad),
             "parameters_on_rank_0": sum(self.local(p).numel() for p in parameters),
