@@ -63,7 +63,7 @@ def smaller(values: dict[str, Any]) -> dict[str, Any]:
         method |= {"head_hidden": 48, "head_out": 24}
     values["data"] |= {"global_batch_size": 128 if large else 16, "image_size": 4 * patch, "num_workers": 1}
     values["schedule"] |= {"total": "4 steps", "warmup": "1 steps"}
-    values["strategy"] |= {"micro_batch_size": None}
+    values["strategy"] |= {"micro_batch_size": None, "compile": False}
     values["checkpoint"] = {"every": "2 steps"}
     values["track"] = {"log_every": "1 steps", "wandb": "disabled"}
     return values
