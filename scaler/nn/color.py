@@ -14,7 +14,7 @@ Shapes: m images, c = 3 channels, h by w pixels, k blur taps, r selected rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,22 @@ def sample_color(
         blur_kernel=color.blur_kernel,
         solarize_threshold=color.solarize_threshold,
     )
+
+
+def concatenate(parts: Sequence[ColorParameters]) -> ColorParameters:
+    """The parameters of several batches of images as of one, for fewer and larger operations.
+
+    Raises:
+        ValueError: blurs or solarisations of different kinds.
+    """
+    kinds = {(part.blur_kernel, part.solarize_threshold) for part in parts}
+    if len(kinds) != 1:
+        raise ValueError(f"images with {len(kinds)} different (blur_kernel, solarize_threshold) cannot be one batch")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _DRAWN}
+    return replace(parts[0], **arrays)
+
+
+_DRAWN = ("factors", "order", "jitter", "grayscale", "sigma", "solarize")  # of each image
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from scaler.methods.base import Batch, Shown
 from scaler.methods.dinov2.masks import batch_masks
 from scaler.methods.dinov2.settings import Settings
-from scaler.nn.color import Color, apply_color, sample_color
+from scaler.nn.color import Color, apply_color, concatenate, sample_color
 from scaler.nn.drop_path import kept_rows
 from shards.decode import View
 
@@ -66,16 +66,15 @@ def color_crops(
     batch: Batch, colors: dict[str, Color], *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> list[Tensor]:
     """Coloured, normalised crops: [2m, 3, S, S] global ones and, where there are any, [L·m, 3, s, s] local ones."""
-    crops: dict[str, list[Tensor]] = {"global": [], "local": []}
-    for view, color in colors.items():
-        if view in batch["views"]:
-            images = batch["views"][view]
-            parameters = sample_color(
-                color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=view, copy=range(len(images))
-            )
-            kind = "local" if view == "local" else "global"
-            crops[kind].append(apply_color(images.flatten(0, 1), parameters, mean=mean, std=std))
-    return [torch.cat(parts) for parts in crops.values() if parts]
+    crops = []
+    for local in (False, True):
+        views = [view for view in colors if (view == "local") == local and view in batch["views"]]
+        if views:
+            images = torch.cat([batch["views"][view].flatten(0, 1) for view in views])
+            keys = {"seed": seed, "epochs": batch["epochs"], "ids": batch["ids"]}
+            drawn = [sample_color(colors[v], **keys, view=v, copy=range(len(batch["views"][v]))) for v in views]
+            crops.append(apply_color(images, concatenate(drawn), mean=mean, std=std))
+    return crops
 
 
 def shown_crops(batch: Batch, augmented: Batch, colors: dict[str, Color]) -> list[Shown]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scaler.methods.base import Batch, Shown
 from scaler.methods.simclr.settings import SimCLRSettings
-from scaler.nn.color import Color, apply_color, sample_color
+from scaler.nn.color import Color, apply_color, concatenate, sample_color
 from shards.decode import View
 
 VIEWS = ("view_1", "view_2")
@@ -40,12 +40,10 @@ def color_views(
     batch: Batch, settings: SimCLRSettings, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
     """Loader batch of m images → float32 [2m, 3, size, size]: the first view of all images, then the second."""
-    parts = []
-    color = make_color(settings, image_size=batch["views"][VIEWS[0]].shape[-1])
-    for name in VIEWS:
-        parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=name, copy=0)
-        parts.append(apply_color(batch["views"][name][0], parameters, mean=mean, std=std))
-    return torch.cat(parts)
+    views, keys = batch["views"], {"seed": seed, "epochs": batch["epochs"], "ids": batch["ids"]}
+    color = make_color(settings, image_size=views[VIEWS[0]].shape[-1])
+    drawn = [sample_color(color, **keys, view=name, copy=0) for name in VIEWS]
+    return apply_color(torch.cat([views[name][0] for name in VIEWS]), concatenate(drawn), mean=mean, std=std)
 
 
 def shown_views(batch: Batch, augmented: Batch, settings: SimCLRSettings) -> list[Shown]:

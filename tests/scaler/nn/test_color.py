@@ -17,6 +17,7 @@ from scaler.nn.color import (
     _blur_by_convolution,
     _blur_by_shifts,
     apply_color,
+    concatenate,
     gaussian_taps,
     sample_color,
 )
@@ -195,3 +196,12 @@ def test_copies_are_drawn_together_as_one_by_one_and_as_ever() -> None:
             assert (getattr(alone, name) == getattr(together, name)[20 * copy : 20 * (copy + 1)]).all()
             total = zlib.crc32(getattr(alone, name).tobytes(), total)
     assert total == 3924238376
+
+
+def test_batches_with_different_colours_go_as_one() -> None:
+    p, q = draw(FULL, 5), draw(replace(FULL, blur_p=1.0, solarize_p=0.0), 4, seed=1)
+    x = images(9)
+    parts = [apply_color(x[:5], p, mean=MEAN, std=STD), apply_color(x[5:], q, mean=MEAN, std=STD)]
+    assert torch.equal(apply_color(x, concatenate([p, q]), mean=MEAN, std=STD), torch.cat(parts))
+    with pytest.raises(ValueError, match=r"2 different \(blur_kernel, solarize_threshold\)"):
+        concatenate([p, draw(replace(FULL, blur_kernel=3), 4)])
