@@ -2,6 +2,8 @@
 
     scaler bench loss --size 8192
     scaler bench loss --method dinov2
+    scaler bench loss --method dinov2 --size 64 --precision bf16 --compile     # on a GPU: what a step pays for them
+    scaler bench loss --method sinkhorn --size 64 --precision bf16 --compile   # and for the teacher's targets before
 
 The others are lightly's, where it is installed, and what one writes first in plain torch: all scores in one matrix.
 """
@@ -25,17 +27,17 @@ from torch import Tensor
 from scaler.bench.rounds import interleave, rate, ratio
 from scaler.collectives import World
 from scaler.methods.dinov2.loss import dino, ibot
-from scaler.methods.dinov2.method import DINOv2
 from scaler.methods.dinov2.prototypes import Teacher, cross_entropy
+from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
 from scaler.methods.simclr.loss import nt_xent
 
-OURS, LIGHTLY, PLAIN = "scaler", "lightly", "torch, all scores"
-SIZES = {"simclr": 2048, "dinov2": 16}
+OURS, COMPILED, LIGHTLY, PLAIN = "scaler", "scaler, compiled", "lightly", "torch, all scores"
+SIZES = {"simclr": 2048, "dinov2": 16, "sinkhorn": 16}
 _WIDTH = 128  # of SimCLR's embeddings
 _BOTTLENECK, _LOCAL_CROPS, _GRID, _MASKED = 256, 8, 14, 58  # DINOv2: every second crop has so many masked patches
 _TEMPERATURE, _TEACHER_TEMPERATURE = 0.1, 0.0625
 
-Step = Callable[[], list[Tensor]]  # one forward and backward pass; the gradients of its inputs
+Step = Callable[[], list[Tensor]]  # one forward and backward pass; the gradients of its inputs (Sinkhorn: targets)
 
 
 def measure(
@@ -43,6 +45,8 @@ def measure(
     *,
     size: int | None = None,
     prototypes: int = 65_536,
+    precision: str = "fp32",
+    compiled: bool = False,
     seconds: float = 0.5,
     rounds: int = 3,
     say: Callable[[str], None] = lambda text: None,
@@ -50,9 +54,12 @@ def measure(
     """Measure the loss of one process on random embeddings, on the GPU if there is one.
 
     Args:
-        method: simclr (NT-Xent, 128 channels) or dinov2 (DINO and iBOT, 2 + 8 crops, bottlenecks of 256).
+        method: simclr (NT-Xent, 128 channels), dinov2 (DINO and iBOT, 2 + 8 crops, bottlenecks of 256) or sinkhorn
+            (the targets of its masked patches).
         size: images; None: 2,048 or 16.
         prototypes: of dinov2.
+        precision: fp32, or bf16: under autocast.
+        compiled: whether ours also runs as strategy.compile has it.
         seconds: of each contender in a round.
         rounds: turns of each contender.
 
@@ -62,24 +69,30 @@ def measure(
         ours over their norm; or `missing`. And what was measured.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method or precision.
     """
     if method not in SIZES:
         raise ValueError(f"no loss of {method!r}; there are {', '.join(SIZES)}")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"--precision is {precision!r}; take fp32 or bf16")
     size, device = size or SIZES[method], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lightly = importlib.util.find_spec("lightly") is not None
     if method == "simclr":
         steps = _simclr(size, device=device, lightly=lightly)
     else:
-        steps = _dinov2(size, device=device, lightly=lightly, prototypes=prototypes)
+        make = {"dinov2": _dinov2, "sinkhorn": _sinkhorn}[method]
+        steps = make(size, device=device, lightly=lightly, prototypes=prototypes, compiled=compiled)
+    autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     peaks, gradients = {}, {}
     for name, step in steps.items():
         say(f"memory of {name}")
-        step()  # libraries take their own memory once
-        peaks[name], gradients[name] = _peak(step, device)
+        with autocast():
+            step()  # libraries take their own memory once
+            peaks[name], gradients[name] = _peak(step, device)
 
     def timed(step: Step) -> int:
-        step()
+        with autocast():
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return 1
@@ -102,7 +115,8 @@ def measure(
     return {
         "method": method,
         "size": size,
-        **({"prototypes": prototypes} if method == "dinov2" else {}),
+        **({"prototypes": prototypes} if method != "simclr" else {}),
+        "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "rounds": rounds,
@@ -138,12 +152,17 @@ def _simclr(size: int, *, device: torch.device, lightly: bool) -> dict[str, Step
     return {name: partial(_gradients, loss, [embeddings]) for name, loss in losses.items()}
 
 
-def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int) -> dict[str, Step]:
+def _unit(device: torch.device) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def unit(*shape: int) -> Tensor:
         return F.normalize(torch.randn(*shape, _BOTTLENECK, generator=generator), dim=-1).to(device)
 
+    return unit
+
+
+def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int, compiled: bool) -> dict[str, Step]:
+    unit = _unit(device)
     mask = torch.zeros(2 * size, _GRID**2, dtype=torch.bool, device=device)
     mask[::2, :_MASKED] = True
     num_tokens = int(mask.sum())
@@ -152,13 +171,13 @@ def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int) 
     teacher_crops, teacher_tokens, teacher_keys = unit(2, size), unit(num_tokens), unit(prototypes)
     weights = torch.full((num_tokens,), 1 / _MASKED, device=device)
 
-    def ours() -> Tensor:
+    def ours(fused: bool = False) -> Tensor:
         shift = teacher_keys.new_zeros(prototypes)
         first, second = (
             Teacher(z, teacher_keys, shift, _TEACHER_TEMPERATURE) for z in (teacher_crops, teacher_tokens[None])
         )
         comparisons = [dino(crops, first), ibot(tokens, second, weights=weights, num_crops=2 * size)]
-        return cross_entropy(comparisons, keys, temperature=_TEMPERATURE, tile_elements=DINOv2.tile_elements)[0]
+        return cross_entropy(comparisons, keys, temperature=_TEMPERATURE, fused=fused)[0]
 
     def plain() -> Tensor:
         student, masked = ((z @ keys.T / _TEMPERATURE).log_softmax(dim=-1) for z in (crops, tokens))
@@ -168,6 +187,8 @@ def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int) 
         return -torch.stack(pairs).mean() - ((masked_q * masked).sum(dim=-1) * weights).sum() / (2 * size)
 
     losses: dict[str, Callable[[], Tensor]] = {OURS: ours}
+    if compiled:
+        losses[COMPILED] = partial(ours, True)
     if lightly:
         module = importlib.import_module("lightly.loss")
         on_crops = module.DINOLoss(output_dim=prototypes, student_temp=_TEMPERATURE).to(device)
@@ -186,6 +207,36 @@ def _dinov2(size: int, *, device: torch.device, lightly: bool, prototypes: int) 
         losses[LIGHTLY] = theirs
     losses[PLAIN] = plain
     return {name: partial(_gradients, loss, inputs) for name, loss in losses.items()}
+
+
+def _sinkhorn(size: int, *, device: torch.device, lightly: bool, prototypes: int, compiled: bool) -> dict[str, Step]:
+    unit = _unit(device)
+    tokens, keys = unit(size * _MASKED), unit(prototypes)
+    few = slice(0, 16)  # tokens whose targets are compared: ours are made tile by tile when they are needed
+
+    @torch.no_grad()
+    def ours(fused: bool = False) -> list[Tensor]:
+        shift = sinkhorn_log_scaling([tokens], keys, temperature=_TEACHER_TEMPERATURE, world=World(), fused=fused)
+        return [(tokens[few] @ keys.T / _TEACHER_TEMPERATURE + shift).softmax(dim=1)]
+
+    @torch.no_grad()
+    def plain() -> list[Tensor]:
+        q = (tokens @ keys.T).float().div_(_TEACHER_TEMPERATURE).exp_()
+        for _ in range(3):
+            q /= q.sum(dim=0)
+            q /= q.sum(dim=1, keepdim=True)
+        return [q[few].clone()]
+
+    steps: dict[str, Step] = {OURS: ours}
+    if compiled:
+        steps[COMPILED] = partial(ours, True)
+    if lightly:
+        theirs = importlib.import_module("lightly.loss.swav_loss").sinkhorn
+        steps[LIGHTLY] = lambda: [
+            theirs((tokens @ keys.T).float(), iterations=3, epsilon=_TEACHER_TEMPERATURE)[few].clone()
+        ]
+    steps[PLAIN] = plain
+    return steps
 
 
 def _gradients(loss: Callable[[], Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -229,12 +280,15 @@ def as_table(result: dict[str, Any]) -> Table:
     what = {
         "simclr": "NT-Xent of {embeddings:,} embeddings of {width}",
         "dinov2": "DINO and iBOT of {size:,} images and {prototypes:,} prototypes",
+        "sinkhorn": "targets of {tokens:,} masked patches and {prototypes:,} prototypes",
     }[result["method"]]
-    title = what.format(embeddings=2 * result["size"], width=_WIDTH, **{"prototypes": 0, **result})
+    numbers = {"embeddings": 2 * result["size"], "tokens": _MASKED * result["size"], "width": _WIDTH}
+    title = what.format(**{"prototypes": 0, **numbers, **result})
     where = result["device"] if result["device"] != "cpu" else f"cpu, {result['threads']} threads"
-    table = Table(title=f"{title}, fp32, forward and backward ({where})", title_justify="left")
+    passes = "without gradient" if result["method"] == "sinkhorn" else "forward and backward"
+    table = Table(title=f"{title}, {result['precision']}, {passes} ({where})", title_justify="left")
     table.add_column("by")
-    for column in ("seconds", "× ours", "CPU s", "peak MB", "gradient, from ours"):
+    for column in ("seconds", "× ours", "CPU s", "peak MB", "result, from ours"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         if "missing" in row:

@@ -211,9 +211,11 @@ def bench_loop(
 
 @benchmarks.command("loss", epilog="Example: scaler bench loss --method simclr --size 8192")
 def bench_loss(
-    method: Annotated[str, typer.Option(help="simclr or dinov2.")] = "simclr",
+    method: Annotated[str, typer.Option(help="simclr, dinov2 or sinkhorn (dinov2's targets).")] = "simclr",
     size: Annotated[int | None, typer.Option(min=2, help="Images.", show_default="2,048 or 16")] = None,
     prototypes: Annotated[int, typer.Option(min=2, help="Of dinov2.")] = 65_536,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Ours of dinov2 also compiled.")] = False,
     seconds: Annotated[float, typer.Option(min=0.001, help="Of each contender in a round.")] = 0.5,
     rounds: Annotated[int, typer.Option(min=1, help="Times that it is each one's turn.")] = 3,
     as_json: Json = False,
@@ -222,7 +224,16 @@ def bench_loss(
     from scaler.bench.loss import as_lines, as_table, measure
 
     _show(
-        measure(method, size=size, prototypes=prototypes, seconds=seconds, rounds=rounds, say=_say),
+        measure(
+            method,
+            size=size,
+            prototypes=prototypes,
+            precision=precision,
+            compiled=compiled,
+            seconds=seconds,
+            rounds=rounds,
+            say=_say,
+        ),
         as_json,
         as_table,
         as_lines,
