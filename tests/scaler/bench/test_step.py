@@ -25,6 +25,7 @@ from scaler.recipe import Recipe, load_recipe
 from scaler.timetable import Timetable
 from scaler.train import build_method
 from tests.long import only_long
+from tests.runs import make_shards
 from tests.scaler.test_cli import scaler
 
 CPU = torch.device("cpu")
@@ -165,6 +166,14 @@ def test_rows_of_variants_and_of_those_compared(tmp_path: Path) -> None:
     assert first["variant"] == {"strategy.precision": "bf16", "strategy.activation_checkpointing": "blocks"}
     assert first["step_seconds"] > 0 and other["failed"] == "there is none of supervised"
     assert "strategy.precision" in failed["failed"] and "reference: there is none of supervised" in said(varied)
+
+
+def test_real_images_and_micro_batches(tmp_path: Path) -> None:
+    overrides = [f"data.shards={make_shards(tmp_path)}", "data.num_workers=0", "strategy.micro_batch_size=8"]
+    result = measure("dinov2/demo", overrides=overrides, images=2 * M, data="real", seconds=0.001, rounds=2)
+    (row,) = result["rows"]
+    assert row["images"] == 2 * M and row["parts"]["data"] > 1e-3  # one core cannot cut crops as fast as noise comes
+    assert row["model_flops"] == pytest.approx(2 * by_hand(demo()), rel=2e-2)
 
 
 def said(result: dict[str, Any]) -> str:
