@@ -43,20 +43,23 @@ class PackedBlock(nn.Module):
         self.norm1, self.attn, self.ls1 = block.norm1, block.attn, block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
 
-    def forward(self, x: Tensor, shapes: Shapes, keep: Sequence[Tensor] | None = None) -> Tensor:
-        """x [T, d] → [T, d]; `keep`: per stretch int64 [2, s], the crops that run attention and feed-forward."""
-        if keep is None:
+    def forward(self, x: Tensor, shapes: Shapes, tokens: Tensor | None = None, kept: Shapes | None = None) -> Tensor:
+        """x [T, d] → [T, d]; `tokens`, int64 [2, K], run attention and feed-forward, where not all do: those of whole
+        crops, whose stretches are `kept`.
+        """
+        if tokens is None or kept is None:
             x = x + self._attention(x, shapes)
             return x + self._feed_forward(x)
-        for branch in (0, 1):
-            rows = [k[branch] for k in keep]
-            tokens, kept = kept_tokens(rows, shapes)
-            part = x.index_select(0, tokens)
+        scales = [n / max(s, 1) for (n, _), (s, _) in zip(shapes, kept, strict=True)]
+        for branch, chosen in enumerate(tokens.unbind(0)):
+            part = _TakeRows.apply(x, chosen)
             out = self._attention(part, kept) if branch == 0 else self._feed_forward(part)
-            scales = [n / max(s, 1) for (n, _), (s, _) in zip(shapes, kept, strict=True)]
-            lengths = [s * t for s, t in kept]
-            out = torch.cat([o * scale for o, scale in zip(out.split(lengths), scales, strict=True)])
-            x = x.index_add(0, tokens, out.to(x.dtype))
+            if len(set(scales)) == 1:
+                out = out * scales[0]
+            else:
+                parts = out.split([s * t for s, t in kept])
+                out = torch.cat([o * scale for o, scale in zip(parts, scales, strict=True)])
+            x = _AddToRows.apply(x, chosen, part, out)
         return x
 
     def _attention(self, x: Tensor, shapes: Shapes) -> Tensor:
@@ -78,15 +81,58 @@ class PackedBlock(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
 
-def kept_tokens(rows: Sequence[Tensor], shapes: Shapes) -> tuple[Tensor, Shapes]:
-    """Positions in the packed matrix of the tokens of the given crops (int64 [s] per stretch), and their shapes."""
-    tokens, kept, start = [], [], 0
-    for chosen, (n, t) in zip(rows, shapes, strict=True):
-        offsets = torch.arange(t, device=chosen.device)
-        tokens.append((start + chosen[:, None] * t + offsets).flatten())
-        kept.append((chosen.shape[0], t))
+class _TakeRows(torch.autograd.Function):
+    """x [T, d], tokens int64 [s], each once → x[tokens].
+
+    Since no row comes twice, gradients are written where torch's `index_select` would add them: by atomics, which in
+    bf16 inductor leaves to a kernel that sorts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy(0, tokens, grad), None
+
+
+class _AddToRows(torch.autograd.Function):
+    """x [T, d] with `out` [s, d] added to its rows `tokens`, whose values `part` [s, d] are at hand: see `_TakeRows`.
+
+    The gradient of x is the output's, as it is, and reaches `part` by way of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, part: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.dtype = out.dtype
+        return x.index_copy(0, tokens, part + out.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return grad, None, None, grad.index_select(0, tokens).to(ctx.dtype)
+
+
+def kept_tokens(keep: Sequence[Tensor], shapes: Shapes) -> tuple[Tensor, Shapes]:
+    """Positions in the packed matrix of the tokens of the kept crops, and their shapes.
+
+    Args:
+        keep: for each stretch, int64 [blocks, 2, s], the crops that run the two branches of every block.
+        shapes: of the stretches.
+
+    Returns:
+        int64 [blocks, 2, K], for all blocks at once (a few kernels in place of a few for each), and (s, t) a stretch.
+    """
+    tokens, start = [], 0
+    for rows, (n, t) in zip(keep, shapes, strict=True):
+        tokens.append((start + rows[..., None] * t + torch.arange(t, device=rows.device)).flatten(-2))
         start += n * t
-    return torch.cat(tokens), kept
+    return torch.cat(tokens, dim=-1), [(rows.shape[-1], t) for rows, (_, t) in zip(keep, shapes, strict=True)]
 
 
 def can_pack(model: Any) -> bool:
@@ -144,8 +190,13 @@ class PackedViT(Backbone):
         batches = [self.embed(x, mask) for x, mask in zip(crops, masks or [None] * len(crops), strict=True)]
         shapes = [(x.shape[0], x.shape[1]) for x in batches]
         x = torch.cat([x.flatten(0, 1) for x in batches])
-        for i, block in enumerate(self.blocks):
-            x = block(x, shapes, None if keep is None else [k[i] for k in keep])
+        if keep is None:
+            for block in self.blocks:
+                x = block(x, shapes)
+        else:
+            tokens, kept = kept_tokens(keep, shapes)
+            for block, chosen in zip(self.blocks, tokens.unbind(0), strict=True):
+                x = block(x, shapes, chosen, kept)
         x = self.norm(x)
         outputs = []
         for part, (n, t) in zip(x.split([n * t for n, t in shapes]), shapes, strict=True):
