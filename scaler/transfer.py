@@ -26,14 +26,22 @@ def send_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
     """`send` of several tensors of the host in one copy; on a GPU they lie in one piece of memory."""
     if device.type != "cuda":
         return [send(tensor, device) for tensor in tensors]
-    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    for place, tensor in zip(_places(host, sizes, tensors), tensors, strict=True):
+    return unpack(pack(tensors, pin=True).to(device, non_blocking=True), tensors)
+
+
+def pack(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
+    """Tensors of the host one after the other, uint8 [bytes]; in pinned memory if `pin`."""
+    packed = torch.empty(sum(_sizes(tensors)), dtype=torch.uint8, pin_memory=pin)
+    for place, tensor in zip(unpack(packed, tensors), tensors, strict=True):
         place.copy_(tensor)
-    return _places(host.to(device, non_blocking=True), sizes, tensors)
+    return packed
 
 
-def _places(packed: Tensor, sizes: Sequence[int], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Where each of the tensors lies in the packed bytes."""
-    parts = packed.split(sizes)
-    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """What was packed, as views of it, with the dtypes and shapes of `like`."""
+    parts = packed.split(_sizes(like))
+    return [part[: t.nbytes].view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
