@@ -44,7 +44,7 @@ def losses(world: World, name: str, changes: dict[str, Any], settings: dict[str,
         result = strategy.step()
         assert result.taken and result.grad_norm > 0.5, "clipping must be active here"
         method.after_step(hyper, strategy.lerp_)
-        rows += [float(world.sum_(total) / world.size), result.grad_norm]
+        rows += [float(world.sum_(total) / world.size), float(result.grad_norm)]
     return rows
 
 
