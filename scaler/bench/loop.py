@@ -247,7 +247,7 @@ class _Turns(Watch):
     def _profile(self) -> None:
         """Profile the steps that are left."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-        profiler = profile(activities=activities)
+        profiler = profile(activities=activities, acc_events=True)
         self._profiling.callback(lambda: self.syncs.update(host_syncs(profiler.events() or ())))
         self._profiling.enter_context(profiler)
         self._profiling.enter_context(counted())
@@ -367,7 +367,9 @@ def as_lines(result: dict[str, Any]) -> Iterator[str]:
         f"our loop takes {100 * overhead['wall']:+.2f} % of time ({100 * overhead['cpu']:+.2f} % of processor time) "
         f"against a bare one, the median of {result['rounds']} rounds: {rounds}"
     )
-    yield f"outside of the computation {outside:.2f} ms, {100 * outside / result['step_ms']['ours']:.2f} % of a step"
+    waits = "" if result["device"] == "cpu" else ", in which logged steps wait for the GPU"
+    share = 100 * outside / result["step_ms"]["ours"]
+    yield f"outside of the computation {outside:.2f} ms{waits}, {share:.2f} % of a step"
     for whose in ("ours", "bare"):
         pauses = result["collection"][whose]
         yield (
