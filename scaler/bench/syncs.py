@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import traceback
 from collections import Counter
@@ -72,20 +73,21 @@ def host_syncs(events: Iterable[Any]) -> Counter[str]:
     Args:
         events: of the profiler (`profiler.events()`).
     """
-    events = list(events)
-    ranges = [e.time_range for e in events if e.name == _RANGE and e.device_type.name == "CPU"]
+    mine = [e for e in events if e.device_type.name == "CPU"]
+    ranges = [e.time_range for e in mine if e.name == _RANGE]
+    waits = [e for e in mine if e.name.startswith(_MARK) or _WAITS.fullmatch(e.name)]
     found: Counter[str] = Counter()
-    for event in events:
-        inside = any(r.start <= event.time_range.start and event.time_range.end <= r.end for r in ranges)
-        if not inside or event.device_type.name != "CPU":
-            continue
-        around = list(_around(event))
-        if any(name.startswith(_MARK) or _WAITS.fullmatch(name) for name in around):
-            continue  # of the wait around it
+    until = float("-inf")
+    for event in sorted(waits, key=lambda e: (e.time_range.start, -e.time_range.end)):
+        start, end = event.time_range.start, event.time_range.end
+        if end <= until or not any(r.start <= start and end <= r.end for r in ranges):
+            continue  # a part of the wait before it, or not to be counted
+        until = end
         if event.name.startswith(_MARK):
             found[event.name.removeprefix(_MARK)] += 1
-        elif _WAITS.fullmatch(event.name):
-            found[" in ".join([event.name, *(name for name in around if name != _RANGE)][:3])] += 1
+        else:
+            around = (name for name in _around(event) if name != _RANGE)
+            found[" in ".join([event.name, *itertools.islice(around, 2)])] += 1
     return found
 
 
