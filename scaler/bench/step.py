@@ -31,7 +31,6 @@ import statistics
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -341,18 +340,19 @@ def _without_drop_path(recipe: Recipe) -> Recipe:
 
 
 def _times(contender: Contender) -> dict[str, Any]:
-    """Of the measured steps: the median, the middle half, and every part's share of the mean in seconds."""
+    """Of the measured steps: the median, the middle half, and the median of every part, in seconds."""
     totals = [sum(step.values()) for step in contender.measured]
-    sums: Counter[str] = Counter()
-    for step in contender.measured:
-        sums.update(step)
     quartiles = statistics.quantiles(totals, n=4, method="inclusive") if len(totals) > 1 else totals * 3
     return {
         "images": contender.images,
         "steps": len(totals),
         "step_seconds": statistics.median(totals),
         "middle_half_seconds": [quartiles[0], quartiles[2]],
-        "parts": {name: sums[name] / len(totals) for name in NAMES.values() if name in sums},
+        "parts": {
+            name: statistics.median(step[name] for step in contender.measured)
+            for name in NAMES.values()
+            if name in contender.measured[0]
+        },
     }
 
 
@@ -465,15 +465,14 @@ def as_table(result: Mapping[str, Any]) -> Group:
     settings, varied = result["recipe"]["strategy"], result["rows"][0]["variant"]
     same = " ".join(settings[key] for key in ("name", "precision") if f"strategy.{key}" not in varied)
     title = f"{s['name']}, {s['backbone']}, {same}, {ranks} on {where}, {result['data']} data"
-    steps, parts = Table(title=title, title_justify="left"), Table(title="ms by part (means)", title_justify="left")
-    for table, first in ((steps, "step"), (parts, "part")):
-        table.add_column(first, overflow="fold")
+    steps, parts = Table(title=title, title_justify="left"), Table(title="ms by part (medians)", title_justify="left")
+    steps.add_column("\n".join([f"{key}," for key in varied] + ["step"]), overflow="fold")
+    parts.add_column("part")
     for column in ("ms", "images/s", "MFU", "all rows", "peak GB", "warm-up s"):
         steps.add_column(column, justify="right")
     measured = []
     for number, row in enumerate(result["rows"], start=1):
-        words = [f"{key.rpartition('.')[2]}={value}" for key, value in row["variant"].items()]
-        name = f"{number}: " + ", ".join([*words, *([row["name"]] if row["name"] != OURS or not words else [])])
+        name = f"{number}: " + ", ".join([*row["variant"].values(), row["name"]])
         if "failed" in row:
             steps.add_row(name, "failed", style="dim")
             continue
@@ -496,20 +495,18 @@ def as_table(result: Mapping[str, Any]) -> Group:
 
 def as_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """What it means in words."""
+    rates = [row["matmul_flops"] for row in result["rows"] if "matmul_flops" in row]
+    precision = result["recipe"]["strategy"]["precision"]
+    yield (
+        f"MFU: of {max(rates) / 1e12:,.2f} TFLOP/s, this machine's own rate in large matrix products ({precision}); "
+        "all rows: as if those that drop path skips were computed too, which is how published figures count"
+    )
     for number, row in enumerate(result["rows"], start=1):
         if "failed" in row:
             yield f"{number}, {row['name']}: {row['failed']}"
-    measured = [row for row in result["rows"] if "failed" not in row]
-    best = max(row["matmul_flops"] for row in measured)
-    precision = result["recipe"]["strategy"]["precision"]
-    yield (
-        f"MFU: of {best / 1e12:,.2f} TFLOP/s, this machine's own rate in large matrix products ({precision}); "
-        "all rows: as if those that drop path skips were computed too, which is how published figures count"
-    )
-    for row in measured:
         if "ours_times_as_fast" in row:
             share = row["our_share_of_memory"]
             memory = "" if share is None else f", {100 * share:.0f} % of its memory"
-            yield f"ours, against {row['name']}: {row['ours_times_as_fast']:.2f} times as fast{memory}"
+            yield f"ours, against {number}, {row['name']}: {row['ours_times_as_fast']:.2f} times as fast{memory}"
         if "profile" in row:
             yield from trace.as_lines(row["profile"], file=row["trace"])
