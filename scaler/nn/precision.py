@@ -24,23 +24,22 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def product_dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """What the factors of `product` are rounded to: those of scores, and those of gradients.
 
-    Where autocast says bf16, fp16 and bf16: vectors about as long as one fit into fp16, which has three digits (of two)
-    more; gradients need the range of fp32. Else, under fp16 too, whose backward pass has a scale that gradients formed
-    in the forward pass have not, both stay in the precision of `x`, at least fp32.
+    Where autocast says bf16, on a GPU fp16 and bf16: vectors about as long as one fit into fp16, which has three bits
+    more; gradients need the range of fp32. A CPU has no fast product of fp16 numbers, and its scores stay as exact as
+    `x`. Without autocast both have the precision of `x`, at least fp32, and under fp16 too: the scale that keeps its
+    gradients from rounding to zero comes only in the backward pass.
     """
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-        return torch.float16, torch.bfloat16
-    return x.dtype, x.dtype
+    if device == "meta" or not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
+        return x.dtype, x.dtype
+    return torch.float16 if device == "cuda" else x.dtype, torch.bfloat16
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two matrices, at least fp32; of half-precision ones too, which tensor cores multiply exactly and add up
-    in fp32. (Autocast's products are rounded themselves: in bf16 by up to 0.4 %, which the division by a temperature of
-    0.04 turns into 10 % of a probability.)
+    """a @ b of two matrices, at least fp32; on a GPU of half-precision ones too, which tensor cores multiply exactly
+    and add up in fp32. (Autocast's products are rounded themselves: in bf16 by up to 0.4 %, which the division by a
+    temperature of 0.04 turns into 10 % of a probability.)
     """
-    if a.dtype.itemsize > 2:
-        return a @ b
-    if a.is_cuda:
+    if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return at_least_fp32(a @ b)

@@ -86,8 +86,8 @@ def cross_entropy(
     """Of all pairs, -Σ teacher · log softmax(student · prototypes / temperature): the scaled sum of the comparisons,
     which is differentiable, and each one's loss and signals.
 
-    Where autocast says bf16, the factors of products are rounded (see `product_dtypes`); all else is in the precision
-    of the student's bottlenecks. Comparisons with the same prototypes belong into one call, since its gradient is as
+    Under bf16 autocast the factors of products are rounded (see `product_dtypes`); all else is in the precision of
+    the student's bottlenecks. Comparisons with the same prototypes belong into one call, since its gradient is as
     large as they are. The graph can run backward once.
 
     Args:
@@ -218,17 +218,15 @@ def _compare_tile_(scores: Tensor, logits: Tensor, shift: Tensor, delta: Tensor 
     losses' gradient, softmax - target, which is also written to `delta` [g, s, K], in its precision.
     """
     logits += shift
-    logits -= logits.amax(dim=-1, keepdim=True)
-    logits.exp_()
-    logits /= logits.sum(dim=-1, keepdim=True)
-    target = logits[0] if len(logits) == 1 else logits.mean(dim=0)
+    target = logits.softmax(dim=-1)
+    target = target[0] if len(target) == 1 else target.mean(dim=0)
     found = []
     if signals:
         entropy = torch.special.entr(target).sum(dim=-1) / math.log(target.shape[-1])
         agreement = scores.argmax(dim=-1) == target.argmax(dim=-1)
         found = [entropy.expand_as(agreement), agreement.to(entropy.dtype)]
     scores -= scores.amax(dim=-1, keepdim=True)
-    own = (scores * target).sum(dim=-1)
+    own = torch.mul(scores, target, out=logits if logits.shape == scores.shape else None).sum(dim=-1)
     total = scores.exp_().sum(dim=-1, keepdim=True)
     scores /= total
     scores -= target

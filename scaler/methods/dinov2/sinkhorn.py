@@ -38,7 +38,7 @@ def sinkhorn_log_scaling(
 ) -> Tensor:
     """The prototypes' log scaling [K] for the samples of all micro-batches and ranks together.
 
-    Where autocast says bf16, scores are products of numbers rounded to fp16 (see `product_dtypes`).
+    Under bf16 autocast scores are, on a GPU, products of numbers rounded to fp16 (see `product_dtypes`).
 
     Args:
         bottlenecks: [n, b] of every local micro-batch; a rank may have no samples.
