@@ -58,6 +58,9 @@ def traffic_of(name: str, model: Model, trace: Trace, setup: Setup) -> Traffic:
     if name == "zero3":
         passes[ROOT] = count * (1 if keeps else 2 + bool(trace.observe))
         gathered = sum((passes[unit] + (not keeps) * again[unit]) * size for unit, size in model.units.items())
+        if not keeps:  # a teacher's head observes each micro-batch; its prototypes are gathered once more in all
+            frozen = sum(w.numel for w in model.frozen if w.unit == ROOT)
+            gathered -= (passes[ROOT] - (count + 1)) * frozen
         return Traffic(everywhere=_ring(_FP32 * gathered + _gradient_size(setup) * all_gradients, n))
     passes[ROOT], after = count, setup.settings.reshard_after_forward
     if after:
