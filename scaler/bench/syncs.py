@@ -104,8 +104,9 @@ def pageable_copies(events: Iterable[Any]) -> int:
 
 def as_line(found: Mapping[str, int], *, device: torch.device) -> str:
     """What `host_syncs` found, in words."""
-    verb = "waits for the GPU" if device.type == "cuda" else "would wait for a GPU"
+    cuda = device.type == "cuda"
     if not found:
-        return f"the host never {verb}"
+        return "the host never waits for the GPU" if cuda else "the host would never wait for a GPU"
     places = ", ".join(place + f" ({count} times)" * (count > 1) for place, count in Counter(found).most_common())
+    verb = "waits for the GPU" if cuda else "would wait for a GPU"
     return f"the host {verb} {sum(found.values())} times: {places}"
