@@ -438,8 +438,9 @@ def resolved_recipe(recipe: Recipe, *, shards: str, settings: StrategySettings) 
 
 
 def make_deterministic(deterministic: bool) -> None:
-    """Ask torch for deterministic kernels, or for the convolutions that are fastest when tried, whose results are equal up
-    to rounding only."""
+    """Ask torch for deterministic kernels (slower); without it results are equal up to rounding only, and convolutions
+    are those that were fastest when tried.
+    """
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

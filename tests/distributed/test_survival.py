@@ -350,5 +350,5 @@ def test_a_passing_fault_of_one_rank_sends_all_back(shards, tmp_path, strategy):
     }
     whole, broken = (recipe_for(tmp_path / f"{name}.yaml", shards, **sections) for name in ("whole", "broken"))
     assert run_distributed(train_job, 2, str(whole), []) == ["done"] * 2
-    assert run_distributed(job_with_a_fault, 2, str(broken)) == [("done", 8 + 4)] * 2  # flags come a step late; back to step 4
+    assert run_distributed(job_with_a_fault, 2, str(broken)) == [("done", 8 + 4)] * 2  # one step late; back to step 4
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole") and len(rows(tmp_path / "whole")) == 8
