@@ -254,6 +254,8 @@ class _Bench:
             }
             if name != OURS and OURS in ready:
                 row["ours_times_as_fast"] = ratio(blocks[OURS], blocks[name], "wall")
+                if self.device.type == "cpu":  # which other programs on the machine do not change
+                    row["in_processor_time"] = ratio(blocks[OURS], blocks[name], "cpu")
                 mine = ready[OURS].peak
                 row["our_share_of_memory"] = mine / contender.peak if mine and contender.peak else None
             rows.append(row)
@@ -507,6 +509,7 @@ def as_lines(result: Mapping[str, Any]) -> Iterator[str]:
         if "ours_times_as_fast" in row:
             share = row["our_share_of_memory"]
             memory = "" if share is None else f", {100 * share:.0f} % of its memory"
-            yield f"ours, against {number}, {row['name']}: {row['ours_times_as_fast']:.2f} times as fast{memory}"
+            cpu = f" ({row['in_processor_time']:.2f} in processor time)" if "in_processor_time" in row else ""
+            yield f"ours, against {number}, {row['name']}: {row['ours_times_as_fast']:.2f} times as fast{cpu}{memory}"
         if "profile" in row:
             yield from trace.as_lines(row["profile"], file=row["trace"])
