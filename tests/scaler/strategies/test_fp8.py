@@ -31,6 +31,13 @@ def test_rows_of_any_size_keep_three_bits() -> None:
     assert not scaled_product(a, b)[3].isfinite().any() and scaled_product(a, b)[4].isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_products_are_those_emulated() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(50, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    torch.testing.assert_close(scaled_product(a.cuda(), b.cuda()).cpu(), scaled_product(a, b), rtol=0.02, atol=0.02)
+
+
 def curve(*, fp8: bool, checkpointing: str = "none", compiled: bool = False) -> list[float]:
     """20 steps of a small ViT that learns to tell random images apart, in bf16."""
     torch.manual_seed(0)
