@@ -55,6 +55,7 @@ from scaler.environment import environment
 from scaler.layout import Layout, batch_layout
 from scaler.methods.base import Batch, Method
 from scaler.optimizers import build_optimizer
+from scaler.pauses import short_pauses
 from scaler.plan.live import LiveBytes
 from scaler.prefetch import on_device
 from scaler.recipe import Recipe, load_recipe
@@ -62,7 +63,7 @@ from scaler.strategies import strategy_class
 from scaler.strategies.base import DTYPES
 from scaler.strategies.launcher import resolve_strategy
 from scaler.strategies.processes import join, meet
-from scaler.train import build_method
+from scaler.train import build_method, make_deterministic
 
 OURS, SEPARATE, REFERENCE = "scaler", "separate passes", "reference"
 _QUIET = 3  # steps in a row in which nothing is compiled end the warm-up
@@ -115,6 +116,7 @@ def measure(
         raise ValueError("a trace is of one step: leave out --vary, or --trace")
     meeting = meet()
     world, device = join(meeting, ranks=meeting.size)
+    make_deterministic(False)
     bench = _Bench(world, device, images, data, compare, trace_to, seconds, rounds, steps, say)
     rows: list[dict[str, Any]] = []
     recipe: Recipe | None = None
@@ -230,7 +232,9 @@ class _Bench:
             if not ready:
                 return [{"name": name, "failed": reason} for name, reason in failed.items()]
             timers = {name: contender.block for name, contender in ready.items()}
-            blocks = interleave(timers, seconds=0.0, rounds=self.rounds, say=self.say)
+            with short_pauses() as settle:  # as the loop does
+                settle()
+                blocks = interleave(timers, seconds=0.0, rounds=self.rounds, say=self.say)
             rates.append(matmul())
             profiled = None
             if OURS in ready and (self.trace_to is not None or self.world.size > 1):
