@@ -49,10 +49,11 @@ def build_optimizer(settings: Optim, groups: Iterable[dict[str, Any]]) -> torch.
         raise ValueError("nothing to train: every parameter is frozen")
     if len({id(p) for p in params}) != len(params):
         raise ValueError("a parameter is in two optimiser groups; each belongs to exactly one")
+    fused = not any(p.is_meta for p in params)  # of a model without memory, whose sizes somebody wants to know
     if settings.name == "adamw":
-        return torch.optim.AdamW(kept, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        return torch.optim.AdamW(kept, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
     if settings.name == "sgd":
-        return SGD(kept, lr=settings.lr, momentum=settings.momentum, fused=True)
+        return SGD(kept, lr=settings.lr, momentum=settings.momentum, fused=fused)
     if settings.name == "lars":
         return LARS(kept, lr=settings.lr, momentum=settings.momentum, eta=settings.eta)
     raise ValueError(f"no optimiser {settings.name!r}; valid names: adamw, sgd, lars")

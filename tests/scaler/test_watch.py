@@ -40,7 +40,8 @@ def run_rank(rank: int, size: int, port: int, steps: int, folder: Path, act: Cal
             if store is not None and act is not goes_on_alone:
                 store.set(f"{step}/{rank}", "")
                 store.wait([f"{step}/{other}" for other in range(size)])
-            (folder / f"step-{rank}").write_text(str(step))
+            (folder / f"new-{rank}").write_text(str(step))
+            (folder / f"new-{rank}").rename(folder / f"step-{rank}")  # never seen half written
             time.sleep(0.05)
 
 

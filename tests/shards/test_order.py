@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from shards.order import GlobalBatch, SampleOrder, default_lanes
 from shards.permute import permute_within
 from shards.random import keyed_permutation
+from tests.long import LONG
 
 sizes = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(any)
 seeds = st.integers(0, 2**31)
@@ -54,7 +55,7 @@ def stream(order: SampleOrder, start: int, size: int) -> list[int]:
     return batch.ids[np.argsort(batch.images)].tolist()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80 if LONG else 30, deadline=None)
 @given(sizes, seeds, st.data())
 def test_equals_the_oracle(shard_sizes: list[int], seed: int, data: st.DataObject) -> None:
     n = sum(shard_sizes)
