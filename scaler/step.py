@@ -48,7 +48,10 @@ def training_step(
 
     def key_torch(i: int) -> None:
         """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
-        torch.manual_seed(int(keyed_bits("torch", seed, step, strategy.world.rank, i)))
+        bits = int(keyed_bits("torch", seed, step, strategy.world.rank, i))
+        torch.default_generator.manual_seed(bits)  # torch.manual_seed takes a look at every kind of device that there is
+        if strategy.device.type == "cuda":
+            torch.cuda.manual_seed(bits)
 
     # Targets that depend on the whole global batch.
     targets: list[Any] = [None] * len(raw)
