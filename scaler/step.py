@@ -49,7 +49,7 @@ def training_step(
     def key_torch(i: int) -> None:
         """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
         bits = int(keyed_bits("torch", seed, step, strategy.world.rank, i))
-        torch.default_generator.manual_seed(bits)  # torch.manual_seed takes a look at every kind of device that there is
+        torch.default_generator.manual_seed(bits)  # not torch.manual_seed, which looks at every kind of device
         if strategy.device.type == "cuda":
             torch.cuda.manual_seed(bits)
 
