@@ -231,11 +231,12 @@ def test_the_deepspeed_command_dies_of_sigterm_and_its_run_saves_all_the_same(un
 def test_a_rank_whose_loader_hangs_is_named_and_the_group_starts_again(unbroken, shards, tmp_path):
     """The loader's worker of rank 1 is stopped for good, as by a dead disk; its successor after the restart works."""
     recipe = recipe_for(tmp_path / "run.yaml", shards, run={"timeout_minutes": 0.1})
-    with started(torchrun(recipe, "--max-restarts=1"), recipe) as run:
+    with started(torchrun(recipe, "--max-restarts=1"), recipe) as run, contextlib.ExitStack() as stack:
         assert run.until(lambda: run.steps() >= EVERY + 1), run.output()
         victim = run.workers()[1]
         [loader] = [child for child in victim.children() if "scaler.train" in " ".join(child.cmdline())]
         loader.suspend()
+        stack.callback(loader.kill)  # nobody else can: its parent is gone, and it hears no signal but this one
         assert run.until(lambda: (run.run_dir / "hang.json").exists()), run.output()
         assert run.wait() == 0, run.output()
     host = re.escape(socket.gethostname())
