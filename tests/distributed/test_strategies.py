@@ -60,7 +60,7 @@ def test_losses_do_not_depend_on_the_strategy(reference, name, ranks, micro_batc
     ("name", "ranks", "settings", "said"),
     [
         ("ddp", 2, {"compile": True, "activation_checkpointing": "selective"}, "nothing"),
-        ("zero3", 2, {"compile": True}, "teacher over 2 ranks"),
+        pytest.param("zero3", 2, {"compile": True}, "teacher over 2 ranks", marks=only_long),
         (
             "fsdp2",
             2,

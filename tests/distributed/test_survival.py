@@ -228,6 +228,7 @@ def test_the_deepspeed_command_dies_of_sigterm_and_its_run_saves_all_the_same(un
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@only_long  # that a rank which hangs is named is in tests/scaler/test_watch.py, that a group starts again above
 def test_a_rank_whose_loader_hangs_is_named_and_the_group_starts_again(unbroken, shards, tmp_path):
     """The loader's worker of rank 1 is stopped for good, as by a dead disk; its successor after the restart works."""
     recipe = recipe_for(tmp_path / "run.yaml", shards, run={"timeout_minutes": 0.1})
