@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from scaler.bench.syncs import as_line, counted, host_syncs
+from scaler.bench.syncs import as_line, counted, host_syncs, pageable_copies
 
 # Kinds of work by the names of kernels, or on a CPU of torch's operations; the first that fits.
 _KINDS = {
@@ -41,7 +41,7 @@ def profile_step(step: Callable[[], Any], device: torch.device, *, file: Path | 
         `seconds_by_kind` of kernels (on a CPU of operations, without those that they call), `collective_seconds` (next
         to other work, so no part of the step's time), `idle` share of the GPU between its first kernel and its last
         (None on a CPU), `kernels`, how many; `host_syncs`, how often the host waited, by what made it (see
-        `scaler.bench.syncs`), and `waiting`, the same in words.
+        `scaler.bench.syncs`), `pageable_copies`, that may keep it waiting, and `waiting`, the first in words.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -75,6 +75,7 @@ def profile_step(step: Callable[[], Any], device: torch.device, *, file: Path | 
         "idle": idle_share(spans) if spans else None,
         "kernels": len(kernels),
         "host_syncs": dict(waits),
+        "pageable_copies": pageable_copies(events),
         "waiting": as_line(waits, device=device),
     }
 
