@@ -1,8 +1,18 @@
-"""The order of the test files: those that take minutes come first, so that none keeps one worker busy at the end."""
+"""The order of the test files, and what tests of Triton's kernels need.
+
+Files that take minutes come first, so that none keeps one worker busy at the end. Without a GPU, kernels are run by
+Triton's interpreter on tensors of the CPU, which it must be told before anybody imports it.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 MINUTES = (
     "tests/test_readme.py",
