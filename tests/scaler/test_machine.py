@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def touched(num_bytes: int) -> mmap.mmap:
-    """New pages of the system, every one of them in use: an allocator might give what it has kept of an earlier test."""
+    """New pages of the system, all of them in use: an allocator might give what it has kept of an earlier test."""
     pages = mmap.mmap(-1, num_bytes)
     pages.write(b"1" * num_bytes)
     return pages
