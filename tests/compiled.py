@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_TOOLS = "backends/nvidia/bin"
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -72,6 +70,7 @@ def compile_for_h200(kernels: Sequence[Kernel]) -> list[Compiled]:
 def _compile(kernel: Kernel) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
 
     module, _, function = kernel.name.partition(":")
@@ -85,9 +84,10 @@ def _compile(kernel: Kernel) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as ptx:
         ptx.write(made.asm["ptx"])
         ptx.flush()
-        assembler = Path(triton.__file__).parent / _TOOLS / "ptxas"
-        command = [str(assembler), "-v", "--gpu-name", "sm_90a", ptx.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", ptx.name, "-o", os.devnull]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr + run.stdout
+        said = run.stderr
     found = {name: int(n) for n, name in re.findall(r"(\d+) (?:bytes )?(registers|spill stores|spill loads)", said)}
     return Compiled(made.metadata.shared, found["registers"], found["spill stores"] + found["spill loads"])
 
