@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scaler.beside import Beside
 from scaler.checkpoint import Checkpointer
 from scaler.collectives import Agreement, World
 from scaler.late import Late
@@ -78,7 +79,7 @@ def train(
         NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
         ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
-    batches, meter = on_device(loader, device), Throughput()
+    batches, beside, meter = on_device(loader, device), Beside(device), Throughput()
     agreement, outcomes = Agreement(world, count=4), Late(device)
     began, stop, saved_at, last_save = progress.step, 0, progress.step, time.monotonic()
     nonfinite = hopeless = 0  # steps in a row that failed, and the last of them where they are too many
@@ -123,7 +124,9 @@ def train(
                 watch.beat(phase, step=step + 1)
                 meter.at(phase, device)
 
-            metrics, result = training_step(method, strategy, raw, hyper, seed=plan.seed, step=step, at=at)
+            metrics, result = training_step(
+                method, strategy, raw, hyper, seed=plan.seed, step=step, beside=beside, at=at
+            )
             progress.step, progress.images = step + 1, progress.images + stage.global_batch_size
             meter.add(stage.global_batch_size)
             outcomes.put(progress.step, result.failed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scaler.beside import Beside
 from scaler.methods.base import Batch, Hyper, Method
 from scaler.strategies import StepResult, Strategy
 from shards.random import keyed_bits
@@ -24,6 +24,7 @@ def training_step(
     *,
     seed: int,
     step: int,
+    beside: Beside,
     at: Callable[[str], None] = lambda phase: None,
 ) -> tuple[list[Metrics], StepResult]:
     """Learn from one global batch: this rank's micro-batches of it, in their order, and one update.
@@ -35,16 +36,19 @@ def training_step(
         raw: the micro-batches as the loader gives them, on the training device.
         hyper: the scheduled values of this step; the optimiser has its own of them (`set_hyper`).
         seed, step: key every random draw.
+        beside: makes augmented micro-batches, one ahead of use on a GPU; a single one is kept.
         at: is told what begins: augment, observe, combine, learn, backward, update, average; some come several times.
+            What a GPU does between augment and the next is to wait for the augmentation.
 
     Returns:
         What `learn` measured of every micro-batch, detached scalars on the device, and the update's outcome.
     """
 
-    @functools.lru_cache(maxsize=1)  # one micro-batch of floats at a time; a single one is kept
-    def augmented(i: int) -> Batch:
-        at("augment")
-        return method.augment(raw[i], seed=seed, step=step)
+    def augment(batch: Batch) -> Batch:
+        return method.augment(batch, seed=seed, step=step)
+
+    order, observes = list(range(len(raw))), method.observes(len(raw))
+    batches = beside.each(augment, raw, order=order * 2 if observes else order)
 
     def key_torch(i: int) -> None:
         """Key torch's own generator (dropout in foreign models), the same for both passes over a micro-batch."""
@@ -55,10 +59,11 @@ def training_step(
 
     # Targets that depend on the whole global batch.
     targets: list[Any] = [None] * len(raw)
-    if method.observes(len(raw)):
+    if observes:
         observations = []
-        for i in range(len(raw)):
-            batch = augmented(i)
+        for i in order:
+            at("augment")
+            batch = next(batches)
             at("observe")
             key_torch(i)
             observations.append(strategy("observe", batch, hyper))
@@ -68,8 +73,9 @@ def training_step(
 
     # Gradients, micro-batch by micro-batch; each one's target is let go of after it.
     metrics = []
-    for i in range(len(raw)):
-        batch = augmented(i)
+    for i in order:
+        at("augment")
+        batch = next(batches)
         at("learn")
         key_torch(i)
         with strategy.accumulate(last=i == len(raw) - 1):
@@ -80,7 +86,7 @@ def training_step(
             at("backward")
             strategy.backward(loss)
             del loss
-    augmented.cache_clear()
+    batches.close()  # and with it the last batch
 
     # The update, and what follows it (the teacher).
     at("update")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from scaler.beside import Beside
 from scaler.collectives import World
 from scaler.methods.base import Batch, Method
 from scaler.optimizers import set_hyper
@@ -24,14 +25,16 @@ class Stepper:
         self, recipe: Recipe, method: Method, strategy: Strategy, *, world: World, batches: Sequence[Batch]
     ) -> None:
         self.recipe, self.method, self.strategy, self.world, self.batches = recipe, method, strategy, world, batches
-        self.number = 0
+        self.number, self.beside = 0, Beside(strategy.device)
         self.timetable = Timetable(recipe, num_samples=_NUM_SAMPLES)
 
     def step(self, at: Callable[[str], None] = lambda phase: None) -> tuple[list[Metrics], StepResult]:
         """One step; `at` is told what begins: the phases of `training_step`, and at last end."""
         hyper = self.timetable.hyper(self.method, self.number)
         set_hyper(self.strategy.optimizer, hyper)
-        outcome = training_step(self.method, self.strategy, self.batches, hyper, seed=0, step=self.number, at=at)
+        outcome = training_step(
+            self.method, self.strategy, self.batches, hyper, seed=0, step=self.number, beside=self.beside, at=at
+        )
         self.number += 1
         at("end")
         return outcome
@@ -45,7 +48,12 @@ def noise(method: Method, size: int, *, world: World, device: torch.device, numb
     views = {
         view.name: _pixels((view.count, size, 3, view.size, view.size), device, generator) for view in method.views
     }
+    ready = {}
+    if device.type == "cuda" and torch.cuda.is_available():
+        ready["ready"] = torch.cuda.Event()
+        ready["ready"].record()
     return {
+        **ready,
         "views": views,
         "ids": ids,
         "epochs": torch.zeros_like(ids),

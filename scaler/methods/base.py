@@ -63,11 +63,14 @@ class Method(nn.Module):
         world: collectives for global-batch quantities.
         normalization: mean and standard deviation per channel of the images it is given (pixels from 0 to 1);
             ImageNet's unless it says otherwise.
+        image_dtype: what `augment` gives images in; a strategy sets it to its precision, to which autocast would round
+            them at the first layer anyway.
     """
 
     Settings: ClassVar[type[BaseModel]]
     validates: ClassVar[bool] = False
     world: World
+    image_dtype: torch.dtype = torch.float32
     normalization: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def __init__(self, settings: Any, *, image_size: int, world: World) -> None:

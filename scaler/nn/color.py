@@ -6,7 +6,8 @@
 Each operation means what its namesake in torchvision.transforms.v2.functional means for a float image in [0, 1];
 images go through jitter (its four operations in an order of their own), grayscale, blur, solarise, normalise. The
 parameters are drawn on the CPU, keyed by sample, and the rows that an operation touches are known there, so nothing
-waits for the device and nothing is computed for images that were not selected.
+waits for the device and nothing is computed for images that were not selected. On a GPU, where Triton is installed, the
+operations are the few kernels of `scaler.nn.color_kernels`; elsewhere torch's.
 
 Shapes: m images, c = 3 channels, h by w pixels, k blur taps, r selected rows.
 """
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scaler.nn.kernels import runs_kernels
 from scaler.nn.precision import full_precision
 from scaler.transfer import send_together
 from shards.random import keyed_uniform
@@ -137,8 +139,21 @@ _DRAWN = ("factors", "order", "jitter", "grayscale", "sigma", "solarize")  # of 
 
 
 @torch.no_grad()
-def apply_color(x: Tensor, parameters: ColorParameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Colour and normalise images [m, 3, h, w] (uint8, or float in [0, 1]); a new float32 tensor of that shape.
+def apply_color(
+    x: Tensor,
+    parameters: ColorParameters,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Colour and normalise images [m, 3, h, w] (uint8, or float in [0, 1]); a new tensor of that shape.
+
+    Args:
+        mean, std: of each channel, of pixels from 0 to 1.
+        dtype: of the result, which is computed in fp32 and rounded once.
+        channels_last: of the result's memory, as convolutions like it.
 
     Raises:
         ValueError: another number of images than parameters, or images too small for the blur kernel.
@@ -151,15 +166,31 @@ def apply_color(x: Tensor, parameters: ColorParameters, *, mean: Sequence[float]
             f"blur_kernel={parameters.blur_kernel} needs images of more than {parameters.blur_kernel // 2} pixels,"
             f" got {h}x{w}; use a smaller kernel, or 0 for none"
         )
+    if runs_kernels(x):
+        from scaler.nn import color_kernels
+
+        kinds = {"dtype": dtype, "channels_last": channels_last}
+        return color_kernels.apply(x, parameters, operations=jitter_operations(parameters), mean=mean, std=std, **kinds)
+    out = apply_color_with_torch(x, parameters, mean=mean, std=std)
+    return out.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@torch.no_grad()
+def apply_color_with_torch(
+    x: Tensor, parameters: ColorParameters, *, mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """`apply_color`, float32 and contiguous, by torch's own operations on any device."""
+    m, _, h, w = x.shape
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     size = m if x.is_cuda or x.is_meta else max(1, _CACHED_FLOATS // (3 * h * w))
     normalization = torch.tensor([mean, std], dtype=torch.float32).view(2, 3, 1, 1)
+    operations = jitter_operations(parameters)
     with full_precision(out):
         for start in range(0, m, max(1, size)):
             part = out[start : start + size].copy_(x[start : start + size])
             if x.dtype == torch.uint8:
                 part.div_(255.0)
-            steps = _plan(parameters, slice(start, start + size))
+            steps = _plan(parameters, operations, slice(start, start + size))
             numbers = (_flat([rows for _, rows, _ in steps]), _flat([values for _, _, values in steps]))
             (shift, scale), *sent = send_together([normalization, *numbers], x.device)
             cut = (flat.split([len(rows) for _, rows, _ in steps]) for flat in sent)
@@ -169,12 +200,19 @@ def apply_color(x: Tensor, parameters: ColorParameters, *, mean: Sequence[float]
     return out
 
 
-def _plan(parameters: ColorParameters, part: slice) -> list[tuple[int | str, NDArray[np.int64], NDArray[np.float32]]]:
+def jitter_operations(parameters: ColorParameters) -> NDArray[np.int64]:
+    """The jitter's operation at each position, int64 [m, 4]; -1 where there is none that would change anything."""
+    p = parameters
+    wanted = p.jitter[:, None] & (p.factors != np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32))  # by operation
+    return np.where(np.take_along_axis(wanted, p.order, axis=1), p.order, -1)
+
+
+def _plan(
+    parameters: ColorParameters, operations: NDArray[np.int64], part: slice
+) -> list[tuple[int | str, NDArray[np.int64], NDArray[np.float32]]]:
     """(operation, rows int64 [r], values float32 [r]) in the order of execution, where there are rows."""
     p = parameters
-    factors, jitter = p.factors[part], p.jitter[part]
-    wanted = jitter[:, None] & (factors != np.array([1.0, 1.0, 1.0, 0.0], dtype=np.float32))  # by operation
-    first = np.where(np.take_along_axis(wanted, p.order[part], axis=1), p.order[part], -1)  # by position
+    factors, first = p.factors[part], operations[part]
     steps: list[tuple[int | str, NDArray[np.int64], NDArray[np.float32]]] = []
     for position in range(4):
         for operation in range(4):

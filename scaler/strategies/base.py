@@ -118,6 +118,7 @@ class Strategy:
             ValueError: settings, optimiser and strategy do not fit together.
         """
         self.method = method.to(self.device)
+        self.method.image_dtype = self.dtype
         if self.settings.fp8:
             to_fp8_(method.blocks(), strategy=self.name, precision=self.settings.precision, device=self.device)
         arrange_blocks_(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scaler.bench.stepper import noise
+from scaler.beside import Beside
 from scaler.collectives import World
 from scaler.methods.base import Method
 from scaler.optimizers import build_optimizer, set_hyper
@@ -37,7 +38,7 @@ def prepared(name: str) -> tuple[Recipe, Method, Strategy]:
     [
         ("simclr", 1, "augment learn backward update average"),
         ("simclr", 2, 2 * "augment observe " + "combine " + 2 * "augment learn backward " + "update average"),
-        ("dinov2", 1, "augment observe combine learn backward update average"),
+        ("dinov2", 1, "augment observe combine augment learn backward update average"),
     ],
 )  # fmt: skip
 def test_phases_come_in_order_and_one_augmented_micro_batch_is_alive(
@@ -59,7 +60,7 @@ def test_phases_come_in_order_and_one_augmented_micro_batch_is_alive(
         return out
 
     monkeypatch.setattr(type(method), "augment", noted)
-    metrics, result = training_step(method, strategy, raw, hyper, seed=0, step=0, at=told.append)
+    metrics, result = training_step(method, strategy, raw, hyper, seed=0, step=0, beside=Beside(CPU), at=told.append)
     assert " ".join(told) == phases
     assert len(metrics) == count and bool(result.taken) and not bool(result.failed)
     assert float(result.grad_norm) > 0
@@ -73,6 +74,6 @@ def test_a_step_with_a_fault_changes_no_weight_and_says_so(monkeypatch: pytest.M
     learn = type(method).learn
     monkeypatch.setattr(type(method), "learn", lambda *a: {**(out := learn(*a)), "loss": out["loss"] * float("inf")})
     before = [p.detach().clone() for p in method.parameters()]
-    _, result = training_step(method, strategy, raw, hyper, seed=0, step=0)
+    _, result = training_step(method, strategy, raw, hyper, seed=0, step=0, beside=Beside(CPU))
     assert not bool(result.taken) and bool(result.failed) and not torch.isfinite(result.grad_norm)
     assert all(map(torch.equal, before, method.parameters()))

@@ -63,7 +63,13 @@ def make_colors(settings: Settings) -> dict[str, Color]:
 
 
 def color_crops(
-    batch: Batch, colors: dict[str, Color], *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+    batch: Batch,
+    colors: dict[str, Color],
+    *,
+    seed: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Coloured, normalised crops: [2m, 3, S, S] global ones and, where there are any, [L·m, 3, s, s] local ones."""
     crops = []
@@ -73,7 +79,7 @@ def color_crops(
             images = torch.cat([batch["views"][view].flatten(0, 1) for view in views])
             keys = {"seed": seed, "epochs": batch["epochs"], "ids": batch["ids"]}
             drawn = [sample_color(colors[v], **keys, view=v, copy=range(len(batch["views"][v]))) for v in views]
-            crops.append(apply_color(images, concatenate(drawn), mean=mean, std=std))
+            crops.append(apply_color(images, concatenate(drawn), mean=mean, std=std, dtype=dtype))
     return crops
 
 

@@ -144,12 +144,12 @@ class DINOv2(Method):
         """See `Method.augment`.
 
         Returns:
-            `crops` [2m, 3, S, S] and [L·m, 3, s, s], `keep` rows for drop path or None, `masks` bool [2m, p], `masked`
-            int64 [T], `mask_weights` float32 [T], and with a gram teacher its pixels `gram` uint8 [2m, 3, f·S, f·S];
-            all on the device of the views.
+            `crops` [2m, 3, S, S] and [L·m, 3, s, s] in `image_dtype`, `keep` rows for drop path or None, `masks` bool
+            [2m, p], `masked` int64 [T], `mask_weights` float32 [T], and with a gram teacher its pixels `gram` uint8
+            [2m, 3, f·S, f·S]; all on the device of the views.
         """
         (mean, std), patch = self.normalization, self.student.backbone.patch_size
-        crops = augment.color_crops(batch, self.colors, seed=seed, mean=mean, std=std)
+        crops = augment.color_crops(batch, self.colors, seed=seed, mean=mean, std=std, dtype=self.image_dtype)
         masks = augment.mask_tensors(
             batch["positions"],
             self.settings,
@@ -289,8 +289,9 @@ class DINOv2(Method):
         if self.gram_teacher is None or not hyper["gram_weight"]:
             return None
         images, crops, patch = batch["gram"], batch["crops"][0], self.gram_teacher.patch_size
-        mean, std = send(torch.tensor(self.normalization, dtype=crops.dtype), crops.device).view(2, 3, 1, 1)
-        patches = self.gram_teacher([(images.to(crops.dtype) / 255 - mean) / std])[0].patches
+        wide = torch.promote_types(crops.dtype, torch.float32)
+        mean, std = send(torch.tensor(self.normalization, dtype=wide), crops.device).view(2, 3, 1, 1)
+        patches = self.gram_teacher([(images.to(wide) / 255 - mean) / std])[0].patches
         old, new = ((x.shape[-2] // patch, x.shape[-1] // patch) for x in (images, crops))
         return to_grid(patches, old=old, new=new)
 

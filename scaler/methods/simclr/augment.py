@@ -37,13 +37,21 @@ def make_color(settings: SimCLRSettings, *, image_size: int) -> Color:
 
 
 def color_views(
-    batch: Batch, settings: SimCLRSettings, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]
+    batch: Batch,
+    settings: SimCLRSettings,
+    *,
+    seed: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
 ) -> Tensor:
-    """Loader batch of m images → float32 [2m, 3, size, size]: the first view of all images, then the second."""
+    """Loader batch of m images → [2m, 3, size, size]: the first view of all images, then the second."""
     views, keys = batch["views"], {"seed": seed, "epochs": batch["epochs"], "ids": batch["ids"]}
     color = make_color(settings, image_size=views[VIEWS[0]].shape[-1])
     drawn = [sample_color(color, **keys, view=name, copy=0) for name in VIEWS]
-    return apply_color(torch.cat([views[name][0] for name in VIEWS]), concatenate(drawn), mean=mean, std=std)
+    images, kinds = torch.cat([views[name][0] for name in VIEWS]), {"dtype": dtype, "channels_last": channels_last}
+    return apply_color(images, concatenate(drawn), mean=mean, std=std, **kinds)
 
 
 def shown_views(batch: Batch, augmented: Batch, settings: SimCLRSettings) -> list[Shown]:
