@@ -23,7 +23,8 @@ _LOOK = 0.1  # seconds between two looks of a waiting thread at whether it is st
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches with their pixels on `device`; indices and labels stay on the CPU, where they are checked and used.
 
-    From a GPU each also holds `transfer`: the two events between which its pixels were copied.
+    From a GPU each also holds `transfer`, the two events between which its pixels were copied, and `ready`, the one after
+    which they may be used.
     """
     if device.type != "cuda":
         yield from batches
@@ -36,7 +37,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             first.record()
             views = {name: view.to(device, non_blocking=True) for name, view in batch["views"].items()}
             last.record()
-        return {**batch, "views": views, "transfer": (first, last)}
+        return {**batch, "views": views, "transfer": (first, last), "ready": last}
 
     with contextlib.closing(ahead(move(batch) for batch in batches)) as moved:
         for batch in moved:
