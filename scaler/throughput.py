@@ -16,7 +16,6 @@ Stage times are seconds of this process per step; those of the workers are summe
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections import defaultdict
@@ -27,12 +26,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from scaler.supply import delivered, gpu_decoding_pays, worker_room, workers_needed
 from shards.resize import cut, cut_with_torch
 
 _WORKER_STAGES = {"read": "reading", "decode": "decoding", "resize": "cropping and resizing"}
 _PHASES = frozenset({"augment"})  # of a step, whose time is told; it is over when the next one begins
-_FULL = 0.8  # of a step: a copy that takes longer is what the step waits for
+_BESIDE = ("transfer", "device_decode")  # done by the GPU beside the step, for a later one
+_FULL = 0.8  # of a step: what the GPU does beside it and takes longer is what the step waits for
+_SMALLER = "store smaller images (scaler convert --resize 256)"
 _DEVICE_STAGES = {
+    "device_decode": (
+        "decoding on the GPU",
+        f"{_SMALLER}, or decode in workers where there are cores for them (data.decode=cpu)",
+        _FULL,
+    ),
     "transfer": (
         "the copy to the GPU",
         "see that its link has the full width (nvidia-smi -q), or cut fewer or smaller views",
@@ -98,12 +105,13 @@ class Throughput:
             self._open = (phase, _event() if device.type == "cuda" else time.perf_counter())
 
     def add_stages(self, batch: Mapping[str, Any]) -> None:
-        """Count what a micro-batch brings along: the `seconds` of its worker by stage, and from a GPU `transfer`, the
-        two events between which it was copied there."""
+        """Count what a micro-batch brings along: the `seconds` of its worker by stage, and from a GPU two events around
+        its copy there (`transfer`) and, where it decodes, around that (`device_decode`)."""
         for name, value in batch["seconds"].items():
             self._seconds[name] += value
-        if "transfer" in batch:
-            self._events.append(("transfer", *batch["transfer"]))
+        for name in _BESIDE:
+            if name in batch:
+                self._events.append((name, *batch[name]))
 
     def add(self, images: int) -> None:
         """Count a step of so many images as done."""
@@ -140,12 +148,14 @@ class Supply:
         cores: of this machine, for all of them; those that this process may use.
         remote: whether the shards come over a network.
         gpu: whether colour operations run on a device of their own.
+        decode: where pictures are decoded and cut: cpu (in the workers) or gpu.
     """
 
     num_workers: int
     processes: int
     remote: bool
     gpu: bool
+    decode: str = "cpu"
     cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
 
@@ -162,14 +172,14 @@ def average(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def waited(row: Mapping[str, Any], supply: Supply) -> float:
     """The fraction of the time that went into getting data instead of training on them.
 
-    On a GPU the colour operations count too, and the copy to it where it fills the step: it runs beside the training,
-    which waits only for one that is longer.
+    On a GPU the colour operations count too, and the copy to it and decoding on it where they fill the step: they run
+    beside the training, which waits only for what is longer.
     """
     step = row.get("seconds/step")
     if not supply.gpu or not step:
         return row["data_wait"]
-    augment, transfer = ((row.get(f"seconds/{name}") or 0.0) / step for name in ("augment", "transfer"))
-    return max(row["data_wait"] + augment, transfer if transfer > _FULL else 0.0)
+    augment, *beside = ((row.get(f"seconds/{name}") or 0.0) / step for name in ("augment", *_BESIDE))
+    return max(row["data_wait"] + augment, *(share for share in beside if share > _FULL), 0.0)
 
 
 def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
@@ -179,7 +189,7 @@ def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
     """
     stages = {name: row.get(f"seconds/{name}") or 0.0 for name in _WORKER_STAGES}
     work, step = sum(stages.values()), row.get("seconds/step") or 0.0
-    if not work or not step:
+    if work < 1e-9 or not step:
         return f"{_more_workers(supply, wanted=None)}, or put the shards on a faster disk"
     wait = row["data_wait"] * step
     for name, (what, remedy, least) in _DEVICE_STAGES.items() if supply.gpu else ():
@@ -187,11 +197,12 @@ def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
             return f"the limit is {what}, {1000 * seconds:.0f} ms of a step of {1000 * step:.0f} ms: {remedy}"
     own = max(step - wait, 1e-3 * step, 1e-9)  # the step without its waiting
     images = row["images_per_second"] * step
-    delivered, wanted = images * max(supply.num_workers, 1) / work, images / own
-    if supply.num_workers and delivered > _HEADROOM * wanted:
+    now = max(supply.num_workers, 1)
+    measured, wanted = {now: images * now / work}, images / own
+    if supply.num_workers and measured[now] > _HEADROOM * wanted:
         return (
-            f"the workers could deliver {delivered:.0f} images/s, the step wants {wanted:.0f}, so the limit is the way "
-            "from them to here: leave the training process a core of its own (lower data.num_workers where all "
+            f"the workers could deliver {measured[now]:.0f} images/s, the step wants {wanted:.0f}, so the limit is the "
+            "way from them to here: leave the training process a core of its own (lower data.num_workers where all "
             f"{supply.cores} cores are busy), and look for other programs on this machine"
         )
     shares = ", ".join(f"{seconds / work:.0%} {_WORKER_STAGES[name]}" for name, seconds in _sorted(stages))
@@ -200,15 +211,20 @@ def diagnose(row: Mapping[str, Any], supply: Supply) -> str:
         who = f"the training process itself does the loading, {shares}: it delivers"
     limit = _sorted(stages)[0][0]
     network = supply.remote and limit == "read"
-    remedies = [_more_workers(supply, wanted=math.ceil(work / own), idle=network), _relief(limit, supply)]
+    remedies = [_more_workers(supply, wanted=workers_needed(wanted, measured), idle=network), _relief(limit, supply)]
+    if limit != "read" and supply.gpu and supply.decode == "cpu":
+        most = max(now, worker_room(supply.cores, processes=supply.processes))
+        reading = images * most / max(stages["read"], 1e-9)  # all that is left to the workers
+        pays = gpu_decoding_pays(wanted, by_cpu=delivered(most, measured), by_gpu=reading, device_seconds=0.0)
+        remedies.insert(0 if pays else 1, "decode on the GPU (data.decode=gpu)")
     if network:
         remedies.reverse()
-    return f"{who} {delivered:.0f} images/s, the step wants {wanted:.0f}: {', or '.join(remedies)}"
+    return f"{who} {measured[now]:.0f} images/s, the step wants {wanted:.0f}: {', or '.join(remedies)}"
 
 
 def _more_workers(supply: Supply, *, wanted: int | None, idle: bool = False) -> str:
     """Advice on `data.num_workers`; `idle`: they wait for a network and do not need a core each."""
-    room = max(1, supply.cores // supply.processes - 1)  # the training process needs one
+    room = worker_room(supply.cores, processes=supply.processes)
     machine = f"{supply.cores} cores here, {supply.processes} process{'es' * (supply.processes > 1)}"
     if wanted is None:
         return f"raise data.num_workers (now {supply.num_workers}; {machine})"
@@ -226,7 +242,7 @@ def _relief(limit: str, supply: Supply) -> str:
             return "give whole shards room on a local disk (data.cache_size, data.cache_dir)"
         return "put the shards on a faster disk or into the page cache"
     if limit == "decode":
-        return "store smaller images (scaler convert --resize 256)"
+        return _SMALLER if supply.decode == "cpu" else "store JPEGs, which are what the GPU decodes"
     if cut is cut_with_torch:
         return "install with a C compiler: without it views are cut by a slower path"
     return "cut fewer or smaller views"

@@ -100,11 +100,16 @@ class Augmentation:
         Raises:
             ValueError: no such recipe, or one with an error.
         """
-        settings: Any = {"simclr": SimCLRSettings, "dinov2": DINOv2Settings}.get(name, lambda: None)()
-        size = _SIZE
-        if settings is None:
-            recipe = load_recipe(name)
-            settings, size = recipe.method, recipe.data.image_size
+        published: Any = {"simclr": SimCLRSettings, "dinov2": DINOv2Settings}
+        if name in published:
+            return cls.of(published[name](), image_size=_SIZE)
+        recipe = load_recipe(name)
+        return cls.of(recipe.method, image_size=recipe.data.image_size)
+
+    @classmethod
+    def of(cls, settings: Any, *, image_size: int) -> Augmentation:
+        """That of a method's settings."""
+        size = image_size
         if settings.name == "dinov2":
             return cls(dinov2.make_views(settings, image_size=size), dinov2.make_colors(settings), pil_blur=False)
         if settings.name == "simclr":
@@ -121,7 +126,7 @@ def contenders(files: Files, augmentation: Augmentation, *, peers: Sequence[str]
     def of_peer(part: str, peer: str, suffix: str, steps: Iterator[int]) -> Contender:
         return Contender(part, peer + suffix, None if missing[peer] else steps, missing[peer], foreign=True)
 
-    by_pil, by_v2 = (partial(_chain, augmentation, t) for t in (transforms, v2))
+    by_pil, by_v2 = (partial(stock_chain, augmentation, t) for t in (transforms, v2))
     yield Contender("everything", STOCK, _image_folder(files, by_pil(geometry=True, colors=True)))
     yield Contender("everything", "torchvision v2", _paths(files, by_v2(geometry=True, colors=True)))
     for peer in (peer for peer in peers if peer in SAMPLES):
@@ -242,7 +247,7 @@ def _colored_by_batch(files: Files, augmentation: Augmentation) -> Iterator[int]
 # ---------------------------------------------------------------------- torchvision, and what others do with PIL
 
 
-def _chain(augmentation: Augmentation, t: Any, *, geometry: bool, colors: bool) -> Transform:
+def stock_chain(augmentation: Augmentation, t: Any, *, geometry: bool, colors: bool) -> Transform:
     """The transforms of all views as people write them with `t`, torchvision's transforms or transforms.v2."""
     made = []
     for view in augmentation.views:
@@ -254,14 +259,15 @@ def _chain(augmentation: Augmentation, t: Any, *, geometry: bool, colors: bool) 
                 t.RandomHorizontalFlip(view.flip),
             ]
         if colors:
-            steps += _color_steps(augmentation, view, t)
+            steps += color_steps(augmentation, view, t)
         elif t is transforms:
             steps.append(t.PILToTensor())
         made += [t.Compose(steps)] * view.count
     return lambda image: [transform(image) for transform in made]
 
 
-def _color_steps(augmentation: Augmentation, view: View, t: Any) -> list[Any]:
+def color_steps(augmentation: Augmentation, view: View, t: Any) -> list[Any]:
+    """The colour transforms of a view as people write them with `t`, to normalised floats."""
     c, steps = augmentation.colors[view.name], []
     if c.jitter_p:
         steps.append(t.RandomApply([t.ColorJitter(c.brightness, c.contrast, c.saturation, c.hue)], c.jitter_p))
@@ -330,7 +336,7 @@ def _colored_one_by_one(files: Files, augmentation: Augmentation, t: Any) -> Ite
         images: Any = batch["views"][view.name].flatten(0, 1)
         if t is transforms:
             images = [transforms.ToPILImage()(image) for image in images]
-        work.append((images, t.Compose(_color_steps(augmentation, view, t))))
+        work.append((images, t.Compose(color_steps(augmentation, view, t))))
     while True:
         for images, transform in work:
             torch.stack([transform(image) for image in images])

@@ -95,7 +95,7 @@ def measure(
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="scaler-bench-") as scratch:
-            files = _prepare(source, Path(scratch), images=images, say=say)
+            files = prepare(source, Path(scratch), images=images, say=say)
             rows = [row for row in contenders(files, augmentation, peers=peers) if row.part in parts]
             for row in rows:
                 say(f"warming up: {row.key}")
@@ -122,8 +122,9 @@ def measure(
         torch.set_num_threads(threads)
 
 
-def _prepare(source: str | None, scratch: Path, *, images: int, say: Callable[[str], None]) -> Files:
-    """A sample of the source, spread evenly over it, as a folder of class folders and as shards."""
+def prepare(source: str | None, scratch: Path, *, images: int, say: Callable[[str], None]) -> Files:
+    """A sample of the source (None: made), spread evenly over it, as a folder of class folders and as shards; all of it
+    is in the page cache."""
     files = Files(scratch / "images", scratch / "shards", scratch)
     if source is None:
         say(f"making {images} pictures")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from scaler.cli.common import Json, Overrides, RecipeName, group, print_table
+from scaler.cli.common import Json, Overrides, RecipeName, WrongUse, group, print_table
 
 benchmarks = group("Measure what things cost on this machine.")
 
@@ -108,9 +108,7 @@ def bench_step(
     )
     if not _is_first():
         return
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    _write(result, out)
     _show(result, as_json, as_table, as_lines)
 
 
@@ -240,6 +238,83 @@ def bench_loss(
     )
 
 
+@benchmarks.command("feed", epilog="Example: scaler bench feed dinov2/vits16_in1k --images 128 --cores 8")
+def bench_feed(
+    recipe: RecipeName = "dinov2/demo",
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Of a step.", show_default="the recipe's micro-batch")
+    ] = None,
+    made: Annotated[
+        int, typer.Option(min=1, help="Pictures that are made, or at most taken of data.shards=… if given.")
+    ] = 2000,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="For this process and its workers.", show_default="all")
+    ] = None,
+    workers: Annotated[
+        str, typer.Option(help="Numbers of them, as 1,2,4.", show_default="powers of two up to the cores")
+    ] = "",
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of each in a round.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each one's turn.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the result as JSON; scaler doctor --feed reads it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Whether loading keeps up with the step on so many cores, decoded by CPU or GPU, beside stock ImageFolder + PIL."""
+    from scaler.bench.feed import as_lines, as_table, measure
+
+    try:
+        numbers = [int(word) for word in _listed(workers, ())]
+    except ValueError:
+        raise WrongUse(f"--workers {workers!r} is no list of numbers, as 1,2,4") from None
+    result = measure(
+        recipe,
+        overrides=overrides or [],
+        images=images,
+        made=made,
+        cores=cores,
+        workers=numbers,
+        seconds=seconds,
+        rounds=rounds,
+        say=_say,
+    )
+    _write(result, out)
+    _show(result, as_json, as_table, as_lines)
+
+
+@benchmarks.command("augment", epilog="Example: scaler bench augment dinov2/vits16_in1k --step")
+def bench_augment(
+    recipe: RecipeName = "dinov2/demo",
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=1, help="Of a batch.")] = 64,
+    peers: Annotated[str, typer.Option(help="none, or of kornia, torchvision.", show_default="all")] = "",
+    step: Annotated[bool, typer.Option("--step", help="Also the recipe's step: which part of it this is.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of each in a round.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that it is each one's turn.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="File for the result as JSON, with hardware and versions.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The device half of the augmentation: ours, kornia's and torchvision's with the same operations, in turn.
+
+    On a CPU with one thread.
+    """
+    from scaler.bench.augment import PEERS, as_lines, as_table, measure
+
+    result = measure(
+        recipe,
+        overrides=overrides or [],
+        images=images,
+        peers=_listed(peers, PEERS),
+        step=step,
+        seconds=seconds,
+        rounds=rounds,
+        say=_say,
+    )
+    _write(result, out)
+    _show(result, as_json, as_table, as_lines)
+
+
 def _listed(text: str, all_: Sequence[str]) -> Sequence[str]:
     """An option's list: nothing given is all."""
     if text == "none":
@@ -264,6 +339,13 @@ def _is_first() -> bool:
 def _say(text: str) -> None:
     if _is_first():
         print(text, file=sys.stderr, flush=True)
+
+
+def _write(result: dict[str, Any], out: Path | None) -> None:
+    """The result as a JSON file, where one is wanted."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _show(

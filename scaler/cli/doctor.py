@@ -34,6 +34,9 @@ def doctor(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Where they would meet.", show_default="29500")
     ] = None,
+    feed: Annotated[
+        Path | None, typer.Option(help="What scaler bench feed --out wrote: are there cores enough for its step?")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only this installation, in seconds; GPUs are left alone.")
     ] = False,
@@ -61,6 +64,7 @@ def doctor(
             hosts=hosts,
             processes=processes,
             port=port,
+            feed=feed,
             quick=quick,
         )
     except ImportError as error:  # not even the recipe's classes: what is missing is known without them

@@ -25,7 +25,9 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
 
     Args:
         asked: `shards`, a folder or URL; `views`, what is cut from each picture; `cache_dir` of remote shards;
-            `cores`, which share the decoding; `elsewhere`: other machines read these shards, and this one need not.
+            `cores`, which `processes` that train share with their decoding; `fed`, what `scaler bench feed` found of
+            the recipe's step, if anybody has asked it; `elsewhere`: other machines read these shards, and this one
+            need not.
     """
     from scaler.recipe import Data
     from shards.index import ShardIndex
@@ -62,7 +64,9 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     except (ImportError, OSError):  # which `scaler.doctor.installation` tells
         yield Finding("ok", "decoding", "not measured, since torch cannot be imported")
     else:
-        yield _decode_rate(index, views=asked["views"], cores=asked["cores"])
+        yield _decode_rate(
+            index, views=asked["views"], cores=asked["cores"], processes=asked["processes"], fed=asked["fed"]
+        )
 
 
 def _no_index(place: str, error: ValueError) -> Finding:
@@ -137,10 +141,14 @@ def _read_rate(index: Any) -> Finding:
     return Finding("ok", "reading", found, facts=facts)
 
 
-def _decode_rate(index: Any, *, views: Sequence[dict[str, Any]], cores: int) -> Finding:
-    """Images per second of processor time through what a loader process does: read, prove, decode, cut."""
+def _decode_rate(
+    index: Any, *, views: Sequence[dict[str, Any]], cores: int, processes: int, fed: dict[str, Any] | None
+) -> Finding:
+    """Images per second of processor time through what a loader process does: read, prove, decode, cut; and whether
+    there are cores enough for what the step wants, where that is known."""
     import torch
 
+    from scaler.supply import delivered, worker_room, workers_needed
     from shards.decode import DecodeError, View, decode_views
     from shards.reader import SampleReader
     from shards.resize import cut, cut_with_kernel
@@ -167,13 +175,32 @@ def _decode_rate(index: Any, *, views: Sequence[dict[str, Any]], cores: int) -> 
         rate = done / (time.process_time() - started)
     facts = {"images_per_cpu_second": rate, "undecodable": bad, "looked_at": done}
     cut_to = ", ".join(f"{view.count} of {view.size} px" for view in cuts)
-    found = f"{rate:.0f} images per CPU-second, each cut to {cut_to}: at most {rate * cores:.0f}/s on {cores} cores"
+    room = worker_room(cores, processes=processes)
+    most = processes * delivered(room, {1: rate})
+    found = (
+        f"{rate:.0f} images per CPU-second, each cut to {cut_to}: {counted(processes * room, 'worker')} on "
+        f"{counted(cores, 'core')} deliver{'s' * (processes * room == 1)} {most:.0f}/s"
+    )
+    lacking = ""
+    if fed is not None:
+        needed = workers_needed(fed["wanted"], {1: rate})
+        found += (
+            f"; the step wants {fed['wanted']:.0f}/s of each process: {counted(needed, 'worker')}, "
+            f"{counted(needed + 1, 'core')}"
+        )
+        facts |= {"workers_needed": needed}
+        if needed > room:
+            lacking = "store smaller images (scaler convert --resize 256)"
+            if fed["gpu_decoding_pays"]:
+                lacking = f"set data.decode=gpu, which pays by scaler bench feed, or {lacking}"
     if bad:
         found += f"; {bad} of {done} cannot be decoded, as {first}"
         return Finding("warning", "decoding", found, f"scaler verify {index.path} --decode lists them", facts=facts)
     if cut is not cut_with_kernel:
         fix = "apt-get install g++ python3-dev, then pip install --force-reinstall --no-deps scaler"
         return Finding("warning", "decoding", f"{found}, without the compiled kernel", fix, facts=facts)
+    if lacking:
+        return Finding("warning", "decoding", found, lacking, facts=facts)
     return Finding("ok", "decoding", found, facts=facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ def examine(
     hosts: Path | None = None,
     processes: int | None = None,
     port: int | None = None,
+    feed: Path | None = None,
     quick: bool = False,
 ) -> list[Finding]:
     """Everything that `scaler doctor` looks at.
@@ -44,11 +46,13 @@ def examine(
         hosts: a hostfile, whose machines are looked at over ssh instead of this one.
         processes: on each machine; None: the launcher's, the hostfile's slots, or as many as there are GPUs here.
         port: where they would meet; None: 29500, which this machine alone need not have free.
+        feed: what `scaler bench feed --out` wrote of the recipe: what its step wants is compared with the cores here.
         quick: this installation alone, in seconds, without using a GPU.
 
     Raises:
-        ValueError: a hostfile that is none.
+        ValueError: a hostfile that is none, or a file of another kind where `feed` is wanted.
     """
+    fed = None if feed is None else _fed(feed)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", started))  # torchrun's, DeepSpeed's name
     here = int(local) if started > 1 else max(1, gpus())
@@ -90,12 +94,26 @@ def examine(
     findings += [Finding("ok", "not checked", line) for line in report.unchecked]
     if facts["data"]:
         question = {"shards": facts["data"], "views": facts["views"], "cache_dir": facts["cache_dir"]}
-        findings += run_check("data", {**question, "cores": cores(), "elsewhere": bool(job.hosts)})
+        around = {"cores": cores(), "processes": job.processes, "fed": fed, "elsewhere": bool(job.hosts)}
+        findings += run_check("data", question | around)
     if started > 1:
         mine = [asdict(finding) for finding in findings]
         together = run_check("ranks", {"findings": mine}, seconds=_MEETING_SECONDS)
         findings = together if len(together) > 1 else findings + together  # they did not meet
     return findings
+
+
+def _fed(path: Path) -> dict[str, Any]:
+    """What `scaler bench feed` found.
+
+    Raises:
+        ValueError: it did not write this file.
+    """
+    try:
+        advice = json.loads(path.read_text())["advice"]
+        return {"wanted": float(advice["wanted"]), "gpu_decoding_pays": bool(advice["gpu_decoding_pays"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what `scaler bench feed RECIPE --out {path}` writes: {error}") from None
 
 
 def _facts(findings: Sequence[Finding], *, shards: str | None, run_dir: str | None) -> dict[str, Any]:

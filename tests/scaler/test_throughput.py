@@ -21,7 +21,7 @@ from tests.http import faulty_server
 from tests.images import make_image_folder
 from tests.runs import write_recipe
 
-STAGES = ("step", "read", "decode", "resize", "transfer", "augment")
+STAGES = ("step", "read", "decode", "resize", "transfer", "device_decode", "augment")
 CPU = torch.device("cpu")
 
 
@@ -78,10 +78,11 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
         x = (x @ x).clamp_(0, 1)
     events[1].record()
     meter.at("learn", device)
-    meter.add_stages({"seconds": {"read": 0.1}, "transfer": events})
+    meter.add_stages({"seconds": {"read": 0.1}, "transfer": events, "device_decode": events})
     assert float(x[0, 0]) == 1
     meter.add(1)
     figures = meter.read()
+    assert figures["seconds/device_decode"] == figures["seconds/transfer"]
     assert 0 < figures["seconds/transfer"] <= figures["seconds/augment"] <= figures["seconds/step"]
 
 
@@ -113,11 +114,45 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
         (row(decode=0.3, wait=0.5), supply(), "the workers could deliver 4100 images/s, the step wants 820"),
         (row(decode=2.9, transfer=0.9, step=1.0, wait=0.1), supply(gpu=True), "the copy to the GPU, 900 ms of a step"),
         (row(decode=0.5, augment=0.4, wait=0.02), supply(gpu=True), "larger micro-batches (strategy.micro_batch_size)"),
+        (
+            row(decode=2.13, resize=0.66, read=0.12),
+            supply(gpu=True),
+            "raise data.num_workers from 3 to 6 (16 cores here, 2 processes), or decode on the GPU (data.decode=gpu), or "
+            "store smaller",
+        ),
+        (
+            row(decode=2.13, resize=0.66, read=0.12),
+            supply(gpu=True, cores=8),  # too few for six workers a process
+            "719: decode on the GPU (data.decode=gpu), or use a machine with more cores for each process",
+        ),
+        (row(resize=2.1, decode=0.5), supply(gpu=True), "or decode on the GPU (data.decode=gpu), or "),
+        (row(decode=2.9), supply(gpu=True, decode="gpu"), "(16 cores here, 2 processes), or store JPEGs"),
+        (
+            row(read=0.2, device_decode=0.95, wait=0.3),
+            supply(gpu=True, decode="gpu"),
+            "the limit is decoding on the GPU, 950 ms of a step of 1000 ms: store smaller images (scaler convert "
+            "--resize 256), or decode in workers where there are cores for them (data.decode=cpu)",
+        ),
         ({"images_per_second": 1.0, "data_wait": 0.5}, supply(), "raise data.num_workers (now 3; 16 cores here, 2 pro"),
     ],
 )
 def test_the_limit_is_named_with_numbers_and_a_remedy(figures: dict[str, Any], around: Supply, said: str) -> None:
     assert said in diagnose(figures, around)
+
+
+def test_advice_is_silent_about_the_gpu_where_it_has_no_part() -> None:
+    for figures, around in (
+        (row(decode=2.9), supply()),
+        (row(decode=2.9), supply(gpu=True, decode="gpu")),
+        (row(read=2.9), supply(gpu=True)),
+    ):
+        assert "data.decode" not in diagnose(figures, around)
+
+
+def test_decoding_on_the_gpu_is_waited_for_where_it_fills_the_step() -> None:
+    around = supply(gpu=True, decode="gpu")
+    assert waited(row(wait=0.01, device_decode=0.7), around) == 0.01
+    assert waited(row(wait=0.01, device_decode=0.9), around) == 0.9
 
 
 def test_an_average_is_the_row_of_the_whole_time() -> None:
@@ -137,6 +172,7 @@ def test_an_average_is_the_row_of_the_whole_time() -> None:
         cores=st.integers(1, 256),
         remote=st.booleans(),
         gpu=st.booleans(),
+        decode=st.sampled_from(["cpu", "gpu"]),
     ),
 )
 def test_any_row_gives_one_line_of_advice(figures: dict[str, Any], around: Supply) -> None:

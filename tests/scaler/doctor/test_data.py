@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from scaler.doctor import data
+from scaler.doctor.examine import _fed
 from scaler.doctor.finding import Finding
 from shards.convert import convert
 from shards.index import ShardIndex
@@ -27,7 +28,8 @@ def shards(tmp_path: Path) -> Iterator[Path]:
 
 
 def look(shards: Path, **options: Any) -> list[Finding]:
-    asked = {"shards": str(shards), "views": [], "cache_dir": None, "cores": 4, "elsewhere": False}
+    asked = {"shards": str(shards), "views": [], "cache_dir": None, "cores": 4, "processes": 1, "fed": None}
+    asked["elsewhere"] = False
     return list(data.check({**asked, **options}))
 
 
@@ -36,7 +38,31 @@ def test_rates_of_good_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> 
     there, reading, decoding = look(shards, views=[{"name": "a", "size": 32, "scale": [0.5, 1.0]}])
     assert [finding.level for finding in (there, reading, decoding)] == ["ok"] * 3
     assert there.facts["samples"] == 90 and reading.facts["bytes_per_second"] > 1e6
-    assert decoding.facts["images_per_cpu_second"] > 10 and "on 4 cores" in decoding.found
+    rate = decoding.facts["images_per_cpu_second"]
+    assert rate > 10 and f": 3 workers on 4 cores deliver {3 * rate:.0f}/s" in decoding.found
+
+
+def test_cores_for_what_the_step_wants(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_DECODE_SECONDS", 0.1)
+    views = [{"name": "a", "size": 32, "scale": [0.5, 1.0]}]
+    *_, slow = look(shards, views=views, fed={"wanted": 1.0, "gpu_decoding_pays": False})
+    assert slow.level == "ok" and slow.found.endswith("; the step wants 1/s of each process: 1 worker, 2 cores")
+    for pays, fix in ((True, "set data.decode=gpu, which pays by scaler bench feed, or store"), (False, "store small")):
+        *_, fast = look(shards, views=views, processes=2, fed={"wanted": 1e6, "gpu_decoding_pays": pays})
+        needed = -(-1.1e6 // fast.facts["images_per_cpu_second"])
+        assert fast.facts["workers_needed"] == needed and f"{needed + 1:.0f} cores" in fast.found
+        assert fast.level == "warning" and fast.fix.startswith(fix)
+        assert "2 workers on 4 cores deliver" in fast.found
+
+
+def test_what_bench_feed_wrote_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "feed.json"
+    file.write_text(json.dumps({"advice": {"wanted": 900.5, "gpu_decoding_pays": True, "cores": {"cpu": 3}}}))
+    assert _fed(file) == {"wanted": 900.5, "gpu_decoding_pays": True}
+    for text in ("{}", "[]", "no JSON", '{"advice": {"wanted": 1}}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"is not what `scaler bench feed RECIPE --out "):
+            _fed(file)
 
 
 def test_faults_and_their_mending(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
