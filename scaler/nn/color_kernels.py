@@ -35,6 +35,7 @@ _ORDER, _GRAYSCALE, _SOLARIZE, _SIGMA, _SLOT = (tl.constexpr(column) for column 
 _BRIGHTNESS, _CONTRAST, _SATURATION = (tl.constexpr(operation) for operation in range(3))
 _RED, _GREEN, _BLUE = tl.constexpr(0.2989), tl.constexpr(0.587), tl.constexpr(0.114)  # torchvision's luma
 _BLOCK = 1024  # pixels of a program; 8 a thread, which are read as one word
+_CONSTANTS = {"WIDTH": _WIDTH, "BLOCK": _BLOCK, "enable_fp_fusion": False}  # rounded as on a CPU: memory is the limit
 
 
 def apply(
@@ -97,17 +98,17 @@ def _color(
     scratch = x.new_empty((2, len(rows), 3, h, w), dtype=torch.float32)
     blocks = triton.cdiv(h * w, _BLOCK)
     if contrast:
-        _means[(m,)](x, means, table, h * w, BYTES=x.dtype == torch.uint8, WIDTH=_WIDTH, BLOCK=_BLOCK)
+        _means[(m,)](x, means, table, h * w, BYTES=x.dtype == torch.uint8, **_CONSTANTS)
     _colors[(m, blocks)](
         x, out, scratch, table, means, normalization, h * w, threshold, *strides,
-        BYTES=x.dtype == torch.uint8, WIDTH=_WIDTH, BLOCK=_BLOCK,
+        BYTES=x.dtype == torch.uint8, **_CONSTANTS,
     )  # fmt: skip
     if len(rows):
         grid = (len(rows), blocks)
-        _rows[grid](scratch[0], scratch[1], table, rows, h * w, w, blur_kernel, WIDTH=_WIDTH, BLOCK=_BLOCK)
+        _rows[grid](scratch[0], scratch[1], table, rows, h * w, w, blur_kernel, **_CONSTANTS)
         _columns[grid](
             scratch[1], out, table, rows, normalization, h, w, blur_kernel, threshold, *strides,
-            WIDTH=_WIDTH, BLOCK=_BLOCK,
+            **_CONSTANTS,
         )  # fmt: skip
     return out
 
