@@ -1,4 +1,4 @@
-"""What loader workers deliver, how many a step takes, and whether decoding on the GPU pays: arithmetic on measured rates.
+"""What loader workers deliver, how many a step takes, and whether decoding on the GPU pays, by measured rates.
 
 `scaler bench feed`, the run log's advice (`scaler.throughput`) and `scaler doctor` all ask here, so that they agree.
 

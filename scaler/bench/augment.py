@@ -25,11 +25,8 @@ from __future__ import annotations
 import datetime
 import importlib
 import importlib.util
-import math
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -212,6 +212,8 @@ def bench_loss(
     method: Annotated[str, typer.Option(help="simclr, dinov2 or sinkhorn (dinov2's targets).")] = "simclr",
     size: Annotated[int | None, typer.Option(min=2, help="Images.", show_default="2,048 or 16")] = None,
     prototypes: Annotated[int, typer.Option(min=2, help="Of dinov2.")] = 65_536,
+    width: Annotated[int, typer.Option(min=1, help="Channels of simclr's embeddings.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.001, help="Of simclr.")] = 0.1,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     compiled: Annotated[bool, typer.Option("--compile", help="Ours of dinov2 also compiled.")] = False,
     seconds: Annotated[float, typer.Option(min=0.001, help="Of each contender in a round.")] = 0.5,
@@ -226,6 +228,8 @@ def bench_loss(
             method,
             size=size,
             prototypes=prototypes,
+            width=width,
+            temperature=temperature,
             precision=precision,
             compiled=compiled,
             seconds=seconds,
@@ -261,7 +265,7 @@ def bench_feed(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Whether loading keeps up with the step on so many cores, decoded by CPU or GPU, beside stock ImageFolder + PIL."""
+    """Whether loading keeps up with the step on so many cores, with and without GPU decoding, beside stock loading."""
     from scaler.bench.feed import as_lines, as_table, measure
 
     try:

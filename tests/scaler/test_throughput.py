@@ -117,8 +117,8 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
         (
             row(decode=2.13, resize=0.66, read=0.12),
             supply(gpu=True),
-            "raise data.num_workers from 3 to 6 (16 cores here, 2 processes), or decode on the GPU (data.decode=gpu), or "
-            "store smaller",
+            "raise data.num_workers from 3 to 6 (16 cores here, 2 processes), or decode on the GPU (data.decode=gpu), "
+            "or store smaller",
         ),
         (
             row(decode=2.13, resize=0.66, read=0.12),
