@@ -5,6 +5,16 @@
     scaler bench loss --method dinov2 --size 64 --precision bf16 --compile     # on a GPU: what a step pays for them
     scaler bench loss --method sinkhorn --size 64 --precision bf16 --compile   # and for the teacher's targets before
 
+NT-Xent's kernels on an H200, 131,072 embeddings of 128: at most 2 GB beside its inputs, three times as fast as "scaler,
+tiles" or more, and gradients within 1e-3 (bf16) and 1e-5 (fp32) of float64's; then against those whose scores fit:
+
+    scaler bench loss --size 65536 --precision bf16
+    scaler bench loss --size 65536
+    scaler bench loss --size 65536 --precision bf16 --temperature 0.05
+    scaler bench loss --size 65536 --temperature 0.05 --width 512
+    scaler bench loss --size 16384 --precision bf16
+    python -m pytest tests/scaler/methods/simclr/test_loss_kernels.py      # hard cases
+
 The others are lightly's, where it is installed, and what one writes first in plain torch: all scores in one matrix.
 """
 
@@ -29,11 +39,12 @@ from scaler.collectives import World
 from scaler.methods.dinov2.loss import dino, ibot
 from scaler.methods.dinov2.prototypes import Teacher, cross_entropy
 from scaler.methods.dinov2.sinkhorn import sinkhorn_log_scaling
-from scaler.methods.simclr.loss import nt_xent
+from scaler.methods.simclr.loss import nt_xent, runs_kernels
 
 OURS, COMPILED, LIGHTLY, PLAIN = "scaler", "scaler, compiled", "lightly", "torch, all scores"
+KERNELS, TILES = "scaler, kernels", "scaler, tiles"  # NT-Xent's on a GPU: "scaler" runs kernels where they can be
 SIZES = {"simclr": 2048, "dinov2": 16, "sinkhorn": 16}
-_WIDTH = 128  # of SimCLR's embeddings
+_FEW = 2048  # images of which a float64 gradient is no matter on a CPU
 _BOTTLENECK, _LOCAL_CROPS, _GRID, _MASKED = 256, 8, 14, 58  # DINOv2: every second crop has so many masked patches
 _TEMPERATURE, _TEACHER_TEMPERATURE = 0.1, 0.0625
 
@@ -45,6 +56,8 @@ def measure(
     *,
     size: int | None = None,
     prototypes: int = 65_536,
+    width: int = 128,
+    temperature: float = 0.1,
     precision: str = "fp32",
     compiled: bool = False,
     seconds: float = 0.5,
@@ -54,10 +67,12 @@ def measure(
     """Measure the loss of one process on random embeddings, on the GPU if there is one.
 
     Args:
-        method: simclr (NT-Xent, 128 channels), dinov2 (DINO and iBOT, 2 + 8 crops, bottlenecks of 256) or sinkhorn
+        method: simclr (NT-Xent), dinov2 (DINO and iBOT, 2 + 8 crops, bottlenecks of 256) or sinkhorn
             (the targets of its masked patches).
         size: images; None: 2,048 or 16.
         prototypes: of dinov2.
+        width: channels of simclr's embeddings.
+        temperature: of simclr.
         precision: fp32, or bf16: under autocast.
         compiled: whether ours also runs as strategy.compile has it.
         seconds: of each contender in a round.
@@ -65,8 +80,9 @@ def measure(
 
     Returns:
         `rows`, each with its name, `seconds` and `cpu_seconds` of a pass (medians), `times` ours, `peak_bytes` that a
-        pass takes beside its inputs (None where the system does not tell) and `difference`, that of its gradients from
-        ours over their norm; or `missing`. And what was measured.
+        pass takes beside its inputs (None where the system does not tell) and `difference`, that of its gradients over
+        their norm from those of `reference` (ours; of simclr float64's, on a CPU where there are few images); or
+        `missing`, why it is not there. And what was measured.
 
     Raises:
         ValueError: an unknown method or precision.
@@ -77,8 +93,12 @@ def measure(
         raise ValueError(f"--precision is {precision!r}; take fp32 or bf16")
     size, device = size or SIZES[method], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lightly = importlib.util.find_spec("lightly") is not None
+    missing: dict[str, str] = {} if lightly else {LIGHTLY: "not installed"}
+    reference: Step | None = None
     if method == "simclr":
-        steps = _simclr(size, device=device, lightly=lightly)
+        steps, without, exact = _simclr(size, width, temperature, device=device, lightly=lightly)
+        missing |= without
+        reference = exact if device.type == "cuda" or size <= _FEW else None
     else:
         make = {"dinov2": _dinov2, "sinkhorn": _sinkhorn}[method]
         steps = make(size, device=device, lightly=lightly, prototypes=prototypes, compiled=compiled)
@@ -89,6 +109,7 @@ def measure(
         with autocast():
             step()  # libraries take their own memory once
             peaks[name], gradients[name] = _peak(step, device)
+    truth = gradients[OURS] if reference is None else reference()
 
     def timed(step: Step) -> int:
         with autocast():
@@ -106,16 +127,16 @@ def measure(
             "cpu_seconds": 1 / rate(blocks[name], "cpu"),
             "times": ratio(blocks[OURS], blocks[name], "wall"),
             "peak_bytes": peaks[name],
-            "difference": _difference(gradients[name], gradients[OURS]),
+            "difference": _difference(gradients[name], truth),
         }
         for name in steps
     ]
-    if LIGHTLY not in steps:
-        rows.append({"name": LIGHTLY, "missing": "not installed"})
+    rows += [{"name": name, "missing": why} for name, why in missing.items()]
     return {
         "method": method,
         "size": size,
-        **({"prototypes": prototypes} if method != "simclr" else {}),
+        **({"width": width, "temperature": temperature} if method == "simclr" else {"prototypes": prototypes}),
+        "reference": OURS if reference is None else "float64",
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -132,24 +153,54 @@ def _difference(gradients: list[Tensor], others: list[Tensor]) -> float:
 # ---------------------------------------------------------------------- contenders
 
 
-def _simclr(size: int, *, device: torch.device, lightly: bool) -> dict[str, Step]:
+def _simclr(
+    size: int, width: int, temperature: float, *, device: torch.device, lightly: bool
+) -> tuple[dict[str, Step], dict[str, str], Step]:
+    """Contenders, those that are not there and why, and the gradients in float64."""
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(2 * size, _WIDTH, generator=generator).to(device).requires_grad_()
-    itself = torch.eye(2 * size, dtype=torch.bool, device=device)
+    embeddings = torch.randn(2 * size, width, generator=generator).to(device).requires_grad_()
     positives = torch.arange(2 * size, device=device).roll(size)
+    whole = _whole(4 * (2 * size) ** 2, device)
+    itself = torch.eye(0 if whole else 2 * size, dtype=torch.bool, device=device)
+
+    def ours(kernels: bool | None = None) -> Tensor:
+        return nt_xent(embeddings, temperature=temperature, world=World(), kernels=kernels).loss
 
     def plain() -> Tensor:
         z = F.normalize(embeddings, dim=1)
-        return F.cross_entropy((z @ z.T / _TEMPERATURE).masked_fill(itself, -torch.inf), positives)
+        return F.cross_entropy((z @ z.T / temperature).masked_fill(itself, -torch.inf), positives)
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: nt_xent(embeddings, temperature=_TEMPERATURE, world=World()).loss
-    }
+    def exact() -> list[Tensor]:
+        x = embeddings.detach().double().requires_grad_()
+        return list(torch.autograd.grad(nt_xent(x, temperature=temperature, world=World()).loss, x))
+
+    losses: dict[str, Callable[[], Tensor]] = {OURS: ours}
+    missing = {}
+    if runs_kernels(embeddings, temperature=temperature, num_keys=2 * size):
+        losses[TILES] = partial(ours, False)
+    else:
+        missing[KERNELS] = (
+            "need a GPU" if device.type == "cpu" else "not for this GPU, width or temperature, or no Triton"
+        )
     if lightly:
-        theirs = importlib.import_module("lightly.loss").NTXentLoss(_TEMPERATURE)
+        theirs = importlib.import_module("lightly.loss").NTXentLoss(temperature)
         losses[LIGHTLY] = lambda: theirs(*embeddings.chunk(2))
     losses[PLAIN] = plain
-    return {name: partial(_gradients, loss, [embeddings]) for name, loss in losses.items()}
+    for name in (LIGHTLY, PLAIN):
+        if whole is not None and name in losses:
+            missing[name] = whole
+            del losses[name]
+    return {name: partial(_gradients, loss, [embeddings]) for name, loss in losses.items()}, missing, exact
+
+
+def _whole(scores: int, device: torch.device) -> str | None:
+    """Why a contender that keeps so many bytes of scores, and copies of them, is left out on a GPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    if 3 * scores <= free:
+        return None
+    return f"its scores take {scores / 2**30:.0f} GiB, more than a third of the {free / 2**30:.0f} GiB that are free"
 
 
 def _unit(device: torch.device) -> Callable[..., Tensor]:
@@ -278,17 +329,18 @@ def _status(key: str) -> int:
 def as_table(result: dict[str, Any]) -> Table:
     """A row a contender."""
     what = {
-        "simclr": "NT-Xent of {embeddings:,} embeddings of {width}",
+        "simclr": "NT-Xent of {embeddings:,} embeddings of {width} at {temperature:g}",
         "dinov2": "DINO and iBOT of {size:,} images and {prototypes:,} prototypes",
         "sinkhorn": "targets of {tokens:,} masked patches and {prototypes:,} prototypes",
     }[result["method"]]
-    numbers = {"embeddings": 2 * result["size"], "tokens": _MASKED * result["size"], "width": _WIDTH}
+    numbers = {"embeddings": 2 * result["size"], "tokens": _MASKED * result["size"]}
     title = what.format(**{"prototypes": 0, **numbers, **result})
     where = result["device"] if result["device"] != "cpu" else f"cpu, {result['threads']} threads"
     passes = "without gradient" if result["method"] == "sinkhorn" else "forward and backward"
     table = Table(title=f"{title}, {result['precision']}, {passes} ({where})", title_justify="left")
     table.add_column("by")
-    for column in ("seconds", "× ours", "CPU s", "peak MB", "result, from ours"):
+    reference = "ours" if result["reference"] == OURS else result["reference"]
+    for column in ("seconds", "× ours", "CPU s", "peak MB", f"result, from {reference}"):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         if "missing" in row:
