@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scaler.collectives import World
 from scaler.layout import Layout
 from scaler.methods.base import Batch, Method
@@ -23,6 +25,7 @@ from scaler.schedules import Duration
 from scaler.strategies.processes import ranks_per_node
 from scaler.timetable import Timetable, batch_sizes
 from shards.decode import View
+from shards.device_decode import why_no_gpu_decoding
 from shards.index import ShardIndex
 from shards.indexing import sorted_by_class
 from shards.loader import ShardLoader, cached_set_bytes, working_set_bytes
@@ -131,6 +134,7 @@ class IndexedData(TrainingData):
             ranks_per_node=ranks_per_node(world.size),
             start=start,
             stop=stop,
+            decode=self._recipe.data.decode,
             **_loader_options(self._recipe, batch_size=batch_size, layout=layout, world=world),
         )
 
@@ -209,6 +213,19 @@ class StreamData(TrainingData):
             yield "warning: resuming is approximate: a stream is drawn anew, not gone on with where it was left"
         why = "a stream has no index that says where its samples lie"
         yield from _without_effect(self._recipe, "lanes", "cache_dir", "cache_size", why=why)
+
+
+def check_decoding(recipe: Recipe, device: torch.device) -> None:
+    """Refuse `data.decode` gpu on a device that cannot.
+
+    Raises:
+        ValueError: says why, and the way out.
+    """
+    if recipe.data.decode == "gpu" and (why := why_no_gpu_decoding(device)) is not None:
+        raise ValueError(
+            f"data.decode=gpu, but {why}: it takes an NVIDIA GPU and a torchvision that is built for it (PyTorch's "
+            "CUDA wheels are); set data.decode=cpu"
+        )
 
 
 def build_order(recipe: Recipe, index: ShardIndex) -> SampleOrder:

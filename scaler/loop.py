@@ -79,7 +79,7 @@ def train(
         NonFinite: too many non-finite steps in a row; the last checkpoint is whole by then.
         ValueError: too many rejected samples, a checkpoint that cannot be written.
     """
-    batches, beside, meter = on_device(loader, device), Beside(device), Throughput()
+    batches, beside, meter = on_device(loader, device, say=log.note), Beside(device), Throughput()
     agreement, outcomes = Agreement(world, count=4), Late(device)
     began, stop, saved_at, last_save = progress.step, 0, progress.step, time.monotonic()
     nonfinite = hopeless = 0  # steps in a row that failed, and the last of them where they are too many

@@ -82,6 +82,11 @@ class Data(Section):
     allow_pipes: bool = Field(False, description="reader stream: run the pipe: commands among the shards")
     global_batch_size: int = Field(gt=0, description="images per optimiser step over all ranks and micro-batches")
     num_workers: int = Field(8, ge=0, description="loader processes per rank; of indexed shards never changes results")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="who decodes, crops and resizes JPEGs: the loader's workers, or the GPU that trains, by nvJPEG; "
+        "pixels differ by some grey levels",
+    )
     image_size: int = Field(gt=0, description="pixels of a (global) crop")
     stages: tuple[DataStage, ...] = Field(
         (), description="what the run begins with: batch-size ramp-up, progressive resolution"
@@ -94,6 +99,15 @@ class Data(Section):
         None, description="folder on a local disk for remote shards; null: in the user's cache folder"
     )
     cache_size: SizeText = Field("100GB", description="bytes that the node's cache of remote shards may take")
+
+    @model_validator(mode="after")
+    def _decodes_what_it_reads(self) -> Data:
+        if self.decode == "gpu" and self.reader == "stream":
+            raise ValueError(
+                "data.decode=gpu needs data.reader=indexed: what a GPU refuses is read again, and a stream cannot go "
+                "back; index the shards (scaler index), or set data.decode=cpu"
+            )
+        return self
 
     def changed_keys(self) -> set[str]:
         """Those whose value is not the default."""

@@ -28,7 +28,7 @@ import yaml
 from scaler.announce import announce
 from scaler.checkpoint import Checkpointer, Location, load_pieces, locate, read_manifest
 from scaler.collectives import World
-from scaler.data import TrainingData, open_data
+from scaler.data import TrainingData, check_decoding, open_data
 from scaler.layout import Layout, batch_layout, elastic_layouts
 from scaler.loop import NonFinite, Plan, Progress, train
 from scaler.machine import MachineMeter
@@ -165,6 +165,7 @@ def attempt(
     run_dir = Path(recipe.run.dir)
     watch.beat("reading the index")
     data = open_data(recipe)
+    check_decoding(recipe, device)
     timetable = Timetable(recipe, num_samples=data.num_samples)
 
     watch.beat("looking for checkpoints")
@@ -231,6 +232,7 @@ def attempt(
             processes=ranks_per_node(world.size),
             remote=data.remote,
             gpu=device.type == "cuda",
+            decode=recipe.data.decode,
         ),
         symptoms=method.symptoms,
     )

@@ -12,10 +12,11 @@ orientation is honoured: boxes are drawn in the picture as shown.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
     "decode_views",
     "draw",
     "inspect",
+    "plan",
 ]
 
 _TRIES = 10
@@ -58,6 +60,15 @@ class Seconds:
     read: float = 0.0
     decode: float = 0.0
     resize: float = 0.0
+
+    @contextlib.contextmanager
+    def spent(self, stage: str) -> Iterator[None]:
+        """Count the time inside the `with` as that of a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -144,16 +155,14 @@ def decode_into(
     """
     started = time.perf_counter()
     info = inspect(data, max_pixels=max_pixels)
-    plans = [
-        [_plan(view, info, numbers) for numbers in copies.tolist()] for view, copies in zip(views, draws, strict=True)
-    ]
+    plans = [plan(view, info, numbers) for view, numbers in zip(views, draws, strict=True)]
     scale = 1
     if info.format == "jpeg" and info.components != 4:
-        scale = next((s for s in _SCALES if all(_fits(c, s) for plan in plans for c in plan)), 1)
+        scale = next((s for s in _SCALES if all(_fits(c, s) for cuts in plans for c in cuts)), 1)
     picture, scale = decode_picture(data, info, scale)
     decoded = time.perf_counter()
-    for view, plan, target in zip(views, plans, out, strict=True):
-        cuts = plan if scale == 1 else [_scaled(c, scale) for c in plan]
+    for view, whole, target in zip(views, plans, out, strict=True):
+        cuts = whole if scale == 1 else [_scaled(c, scale) for c in whole]
         cut(target, picture, cuts, interpolation=view.interpolation)
     seconds.decode += decoded - started
     seconds.resize += time.perf_counter() - decoded
@@ -161,7 +170,11 @@ def decode_into(
 
 def boxes(view: View, info: ImageInfo, *, seed: int, epoch: int, sample_id: int) -> list[Cut]:
     """Where the copies of a view are cut from the picture as shown, a `Cut` each, in its pixels."""
-    numbers = draw(view, seed=seed, epoch=epoch, sample_id=sample_id)
+    return plan(view, info, draw(view, seed=seed, epoch=epoch, sample_id=sample_id))
+
+
+def plan(view: View, info: ImageInfo, numbers: NDArray[np.float64]) -> list[Cut]:
+    """`boxes` with its numbers drawn already: float64 [count, 41]."""
     return [_plan(view, info, copy) for copy in numbers.tolist()]
 
 

@@ -9,6 +9,7 @@ the numbers of workers and ranks change nothing. Of remote shards a third proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,8 @@ class ShardLoader:
         rejected            list of dicts: image, epoch, id, key, source, shard, reason, replacement_id, replacement_key
         global_batch_size   int
         image_number        int: images before this global batch
+        seconds             {read, decode, resize: float}: what the worker took
+        encoded             with `decode` gpu: JPEGs that are still to be decoded (shards/device_decode.py does it)
 
     A sample that cannot be decoded is replaced by the next decodable one of its shard (cyclic), cut with the random
     numbers of the sample that it replaces; `ids` keeps the latter.
@@ -44,6 +47,8 @@ class ShardLoader:
         ranks_per_node: that share the cache of remote shards; each gets its part of the bound.
         read_ahead: fetch whole remote shards before they are needed; without it only what is read is fetched.
         multiprocessing_context: how workers start: fork, spawn or forkserver (None: the system's default).
+        decode: cpu (in the workers), or gpu: JPEGs that a GPU can decode are handed on as they are, and `views` hold
+            the other samples alone.
 
     Raises:
         ValueError: an order of other shards, a batch that does not divide, or a rank out of range; while iterating, a
@@ -69,7 +74,10 @@ class ShardLoader:
         prefetch: int = 2,
         read_ahead: bool = True,
         multiprocessing_context: str | None = None,
+        decode: str = "cpu",
     ) -> None:
+        if decode not in ("cpu", "gpu"):
+            raise ValueError(f"decode must be cpu or gpu, not {decode!r}")
         if order.num_samples != index.num_samples:
             raise ValueError(f"the order is one of {order.num_samples} samples, {index.path} has {index.num_samples}")
         if len({view.name for view in views}) != len(views) or not views:
@@ -83,9 +91,10 @@ class ShardLoader:
         self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
         self.rank, self.world_size, self.start, self.stop = rank, world_size, start, stop
         self.index, self.ranks_per_node, self.read_ahead = index, ranks_per_node, read_ahead
+        self._samples = TrainingBatches(index, views=views, seed=seed, max_pixels=max_pixels, decode=decode)
         self._run = partial(
             run_workers,
-            TrainingBatches(index, views=views, seed=seed, max_pixels=max_pixels),
+            self._samples,
             num_workers=num_workers,
             prefetch=prefetch,
             multiprocessing_context=multiprocessing_context,
@@ -99,6 +108,8 @@ class ShardLoader:
         with reading_ahead(index, needs, start=self.start, share=share, ahead=ahead) as advance:
             for batch in self._run(self._requests()):
                 advance(batch["image_number"])
+                if "encoded" in batch:
+                    batch["encoded"] = replace(batch["encoded"], source=self._samples)
                 yield batch
 
     def _requests(self) -> Iterator[Request]:

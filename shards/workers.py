@@ -1,5 +1,8 @@
 """What a loader process does: read the samples of one request, decode and cut them, replace what cannot be decoded.
 
+Where a GPU is to decode, it finds out instead which files that can take and where their views are cut, and decodes the
+others.
+
 `run_workers` puts that on torch's DataLoader, any number of processes, results in the order of the requests. What a
 user can cause (a missing shard, one that holds no picture) comes back as data and is raised in the main process as a
 plain one-line ValueError; anything else is a bug and keeps its traceback.
@@ -13,8 +16,9 @@ import signal
 import time
 import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from shards.decode import DecodeError, Seconds, View, decode_into, draw
+from shards.encoded import Encoded, Packing
 from shards.index import ShardIndex, Span
 from shards.order import Ints
 from shards.reader import SampleReader
@@ -57,45 +62,82 @@ class Failure:
 class TrainingBatches(Dataset["Batch | Failure"]):
     """`Request` → micro-batch, as `ShardLoader` describes it."""
 
-    def __init__(self, index: ShardIndex, *, views: Sequence[View], seed: int, max_pixels: int) -> None:
+    def __init__(
+        self, index: ShardIndex, *, views: Sequence[View], seed: int, max_pixels: int, decode: str = "cpu"
+    ) -> None:
         self.index, self.views, self.seed, self.max_pixels = index, list(views), seed, max_pixels
+        self.decode = decode
         self.reader = SampleReader(index)
 
     def __getitem__(self, request: Request) -> Batch | Failure:
         size, seconds = len(request.ids), Seconds()
-        views = {v.name: new_pixels((v.count, size, 3, v.size, v.size)) for v in self.views}
-        arrays = [views[view.name].numpy() for view in self.views]
-        draws = [draw(view, seed=self.seed, epoch=request.epochs, sample_id=request.ids) for view in self.views]
+        draws = self._draw(request.epochs, request.ids)
+        views: dict[str, Tensor] = {}
+        packing = Packing(self.views, self.max_pixels) if self.decode == "gpu" else None
+        if packing is None:
+            views = {v.name: new_pixels((v.count, size, 3, v.size, v.size)) for v in self.views}
+        arrays = [pixels.numpy() for pixels in views.values()]
         labels = torch.empty(size, dtype=torch.int64)
         rejected: list[dict[str, Any]] = []
         try:
             for row, wanted in enumerate(self.index.spans(request.ids)):
-                out, numbers = [array[:, row] for array in arrays], [drawn[row] for drawn in draws]
-                shown, reason = self._decode_or_replace(wanted, out, numbers, seconds)
+                numbers = [drawn[row] for drawn in draws]
+                if packing is None:
+                    use = self._cut_into([array[:, row] for array in arrays], numbers, seconds)
+                else:
+                    use = partial(packing.add, row, draws=numbers, seconds=seconds)
+                shown, reason = self._show(wanted, use, seconds)
                 labels[row] = shown.label
                 if reason is not None:
-                    rejected.append(
-                        {
-                            "image": int(request.images[row]),
-                            "epoch": int(request.epochs[row]),
-                            **describe(self.index, wanted.id, reason),
-                            "replacement_id": shown.id,
-                            "replacement_key": self.index.entry(shown.id).key,
-                        }
-                    )
+                    image, epoch = int(request.images[row]), int(request.epochs[row])
+                    rejected.append(self._replaced(wanted, shown, reason, image=image, epoch=epoch))
         except ValueError as error:
             return Failure(str(error), traceback.format_exc())
-        return training_batch(request, views=views, labels=labels, rejected=rejected, seconds=seconds)
+        encoded = None
+        if packing is not None:
+            views, encoded = packing.pack(request.images, new=new_pixels)
+        return training_batch(request, views=views, labels=labels, rejected=rejected, seconds=seconds, encoded=encoded)
 
-    def _decode_or_replace(
-        self, wanted: Span, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
-    ) -> tuple[Span, str | None]:
-        """Fill `out` from a sample, or from the next decodable one of its shard; (which, why not the wanted one)."""
+    def redo(self, batch: Mapping[str, Any], row: int, out: Sequence[Pixels]) -> None:
+        """See `shards.encoded.Source.redo`: what this class does where no device decodes, one row of it."""
+        epoch, image = int(batch["epochs"][row]), int(batch["encoded"].images[row])
+        (wanted,) = self.index.spans([int(batch["ids"][row])])
+        numbers = self._draw(np.array([epoch]), np.array([wanted.id]))
+        seconds = Seconds()
+        use = self._cut_into(out, [drawn[0] for drawn in numbers], seconds)
+        shown, reason = self._show(wanted, use, seconds)
+        batch["labels"][row] = shown.label
+        batch["rejected"][:] = [record for record in batch["rejected"] if record["image"] != image]
+        if reason is not None:
+            batch["rejected"].append(self._replaced(wanted, shown, reason, image=image, epoch=epoch))
+            batch["rejected"].sort(key=lambda record: batch["encoded"].images.tolist().index(record["image"]))
+
+    def _draw(self, epochs: Ints, ids: Ints) -> list[NDArray[np.float64]]:
+        return [draw(view, seed=self.seed, epoch=epochs, sample_id=ids) for view in self.views]
+
+    def _cut_into(
+        self, out: Sequence[Pixels], numbers: Sequence[NDArray[np.float64]], seconds: Seconds
+    ) -> Callable[[bytes], None]:
+        return partial(decode_into, out, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
+
+    def _replaced(self, wanted: Span, shown: Span, reason: str, *, image: int, epoch: int) -> dict[str, Any]:
+        """The record of a sample for which another one is shown."""
+        return {
+            "image": image,
+            "epoch": epoch,
+            **describe(self.index, wanted.id, reason),
+            "replacement_id": shown.id,
+            "replacement_key": self.index.entry(shown.id).key,
+        }
+
+    def _show(self, wanted: Span, use: Callable[[bytes], None], seconds: Seconds) -> tuple[Span, str | None]:
+        """Give the file of a sample to `use`, or that of the next sample of its shard for which `use` raises no
+        DecodeError; (which, why not the wanted one)."""
         reason = None
         for shown in self._from(wanted):
             data = _read(self.reader, shown, seconds)
             try:
-                decode_into(out, data, views=self.views, draws=numbers, max_pixels=self.max_pixels, seconds=seconds)
+                use(data)
                 return shown, reason
             except DecodeError as error:
                 reason = reason or str(error)
@@ -153,10 +195,16 @@ class EvaluationBatches(Dataset["Batch | Failure"]):
 
 
 def training_batch(
-    request: Request, *, views: dict[str, Tensor], labels: Tensor, rejected: list[dict[str, Any]], seconds: Seconds
+    request: Request,
+    *,
+    views: dict[str, Tensor],
+    labels: Tensor,
+    rejected: list[dict[str, Any]],
+    seconds: Seconds,
+    encoded: Encoded | None = None,
 ) -> Batch:
     """What was made for `request`, as `ShardLoader` describes it."""
-    return {
+    batch = {
         "views": views,
         "ids": torch.from_numpy(request.ids),
         "epochs": torch.from_numpy(request.epochs),
@@ -167,11 +215,12 @@ def training_batch(
         "image_number": request.image_number,
         "seconds": vars(seconds),
     }
+    return batch if encoded is None else {**batch, "encoded": encoded}
 
 
 def new_pixels(shape: tuple[int, ...]) -> Tensor:
     """uint8, not initialised; in a worker process in memory that the main process gets without a copy."""
-    if get_worker_info() is None:
+    if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
