@@ -77,7 +77,12 @@ def _compile(kernel: Kernel) -> Compiled:
     jitted = getattr(importlib.import_module(module), function)
     types = dict.fromkeys(kernel.constants, "constexpr") | kernel.signature
     source = ASTSource(
-        fn=jitted, signature={name: types[name] for name in jitted.arg_names}, constexprs=dict(kernel.constants)
+        fn=jitted,
+        signature={name: types[name] for name in jitted.arg_names},
+        constexprs=dict(kernel.constants),
+        attrs={  # torch's tensors begin at such addresses, which a launch finds out
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(jitted.arg_names) if types[name].startswith("*")
+        },
     )
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

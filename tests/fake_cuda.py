@@ -45,11 +45,14 @@ _SIZED = {
 
 
 class FakeCuda(TorchDispatchMode):
-    """Notes in `waits` every operation that waits for the device, as "file:line operation"."""
+    """Notes in `waits` every operation that waits for the device, as "file:line operation", and in `own` the names of
+    our own operators, behind which are kernels.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.own: set[str] = set()
         self._pinned: dict[int, Tensor] = {}  # by address, and kept, so that no other tensor gets it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,6 +61,8 @@ class FakeCuda(TorchDispatchMode):
         on_gpu = any(isinstance(x, FakeTensor) for x in tensors)
         wanted = kwargs.get("device")
         op = func._overloadpacket
+        if func.namespace == "scaler":
+            self.own.add(op._qualified_op_name)
         if op is _ATEN._pin_memory:
             with _disable_current_modes():
                 copy = args[0].clone()

@@ -25,7 +25,7 @@ block's product begins at zero and is added to the others by an ordinary fp32 ad
 
 Legend: a anchors, n keys (the first a of them the anchors), d channels, D: d padded to 64, 128, 256 or 512.
 """
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ _ROWS = 128  # keys are padded to a multiple of the largest block
 _LARGEST_WEIGHT = 2.0**14  # half of what a weight may become
 _MULTIPROCESSORS = 132  # an H200's and an H100's; fixed, so that results do not depend on the device
 _MOST_PARTS = 16
+_FEW_CHANNELS = 64
 
 
 class Blocks(NamedTuple):
@@ -92,12 +93,14 @@ class KernelPairs:
         z: [a, d] unit vectors in fp32, d at most 512.
         keys: [n, d], of which the first a are z.
         temperature: divides the scores.
-        exact: whether scores and weights have the precision of fp32, or of fp16.
+        exact: whether scores and weights have the precision of fp32, or of fp16; they have fp32's where there are few
+            channels, over which roundings would not average out.
     """
 
     def __init__(self, z: Tensor, keys: Tensor, *, temperature: float, exact: bool) -> None:
-        self._shape, self._num_keys, self._exact, self._temperature = z.shape, len(keys), exact, temperature
-        self._scale = 1 / (temperature * math.log(2)) / (_UNIT**2 if exact else 1)
+        self._shape, self._num_keys, self._temperature = z.shape, len(keys), temperature
+        self._exact = exact or z.shape[1] < _FEW_CHANNELS
+        self._scale = 1 / (temperature * math.log(2)) / (_UNIT**2 if self._exact else 1)
         self._pieces = _pieces(keys)
 
     def sums(self) -> tuple[Tensor, Tensor]:
