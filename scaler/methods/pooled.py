@@ -181,6 +181,12 @@ class PooledMethod(Method):
             kind=kind,
         )
 
+    def image_kinds(self, views: Tensor) -> dict[str, Any]:
+        """How images are to be made of these views (`scaler.nn.color.apply_color`): their precision, and on a GPU the
+        memory that the backbone likes.
+        """
+        return {"dtype": self.image_dtype, "channels_last": views.is_cuda and self.backbone.channels_last}
+
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
         """Features [n, d] of views [n, 3, h, w], in fp32 or wider."""
         return at_least_fp32(self.backbone([images], keep=None if keep is None else [keep])[0].cls)

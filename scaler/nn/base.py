@@ -27,6 +27,8 @@ class Backbone(nn.Module):
         num_features: width d of the features.
         patch_size: pixels of a patch's side; None where there are no patches.
         fixed_size: whether images must be of the size that it was built for.
+        channels_last: whether it runs faster on images whose channels lie next to one another in memory, which
+            convolutions on tensor cores want; results are the same.
         is_vit: whether crops of all sizes share one pass, and masks and kept rows are understood.
         drop_path: share of rows that skip a residual branch while training.
         blocks: called, it lists the units to shard, checkpoint and compile.
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
     num_features: int
     patch_size: int | None
     fixed_size: bool = False
+    channels_last: bool = False
     is_vit: bool
     drop_path: float
     blocks: Callable[[], list[nn.Module]]

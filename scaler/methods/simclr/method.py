@@ -20,7 +20,7 @@ from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Shown
 from scaler.methods.pooled import PooledMethod
 from scaler.methods.simclr import health
-from scaler.methods.simclr.augment import color_views, make_views, shown_views
+from scaler.methods.simclr.augment import VIEWS, color_views, make_views, shown_views
 from scaler.methods.simclr.loss import nt_xent
 from scaler.methods.simclr.settings import SimCLRSettings
 from scaler.nn.batch_norm import frozen_statistics
@@ -55,9 +55,12 @@ class SimCLR(PooledMethod):
         return make_views(self.settings, image_size=self._usable(image_size))
 
     def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
-        """Adds to what the loader gives: `images` float32 [2m, 3, h, w], first views then second, and `keep`."""
+        """Adds to what the loader gives: `images` [2m, 3, h, w] in `image_dtype`, first views then second, and
+        `keep`.
+        """
         mean, std = self.normalization
-        images = color_views(batch, self.settings, seed=seed, mean=mean, std=std)
+        kinds = self.image_kinds(batch["views"][VIEWS[0]])
+        images = color_views(batch, self.settings, seed=seed, mean=mean, std=std, **kinds)
         keep = self._keep(batch, copies=2, kind="views", seed=seed, step=step)
         return {"images": images, "keep": None if keep is None else send(keep, images.device)}
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from scaler.methods.base import Batch, Shown
+from scaler.methods.supervised.boxes import inside, sides
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.color import Color, apply_color, sample_color
+from scaler.transfer import send_together
 from shards.decode import View
 from shards.random import keyed_bits
 
@@ -35,10 +40,20 @@ def make_color(settings: SupervisedSettings) -> Color:
     )
 
 
-def color_view(batch: Batch, color: Color, *, seed: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Loader batch of m images → coloured and normalised float32 [m, 3, size, size]."""
+def color_view(
+    batch: Batch,
+    color: Color,
+    *,
+    seed: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Tensor:
+    """Loader batch of m images → coloured and normalised [m, 3, size, size]."""
     parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=VIEW, copy=0)
-    return apply_color(batch["views"][VIEW][0], parameters, mean=mean, std=std)
+    kinds = {"dtype": dtype, "channels_last": channels_last}
+    return apply_color(batch["views"][VIEW][0], parameters, mean=mean, std=std, **kinds)
 
 
 def shown_images(augmented: Batch, color: Color) -> list[Shown]:
@@ -54,18 +69,33 @@ def shown_images(augmented: Batch, color: Color) -> list[Shown]:
 
 
 def erase_(images: Tensor, batch: Batch, *, probability: float, seed: int) -> None:
-    """Zero a rectangle of each of these images [m, 3, h, w], with this probability (Zhong et al., arXiv 1708.04896).
+    """Zero a rectangle of each of these images [m, 3, h, w], with this probability (Zhong et al., arXiv 1708.04896)."""
+    height, width = images.shape[-2:]
+    boxes = erased_boxes(batch, probability=probability, seed=seed, height=height, width=width)
+    images.masked_fill_(inside(*send_together(sides(boxes, height=height, width=width), images.device)), 0.0)
 
-    By timm, whose draws come from Python's global generator, seeded for each sample meanwhile.
+
+def erased_boxes(batch: Batch, *, probability: float, seed: int, height: int, width: int) -> NDArray[np.int64]:
+    """Top, bottom, left and right of the rectangles, int64 [m, 4]; zeros: none.
+
+    They are those that timm's RandomErasing would draw from Python's generator, seeded for each sample.
     """
-    erasing = RandomErasing(probability, mode="const", device=images.device)
-    before = random.getstate()
-    for image, bits in zip(
-        images, keyed_bits("erase", seed, batch["epochs"].numpy(), batch["ids"].numpy()), strict=True
-    ):
-        random.seed(int(bits))
-        erasing(image)
-    random.setstate(before)
+    timms = RandomErasing(probability, mode="const", device="cpu")
+    assert timms.min_count == timms.max_count == 1
+    boxes = np.zeros((len(batch["ids"]), 4), dtype=np.int64)
+    for box, bits in zip(boxes, keyed_bits("erase", seed, batch["epochs"].numpy(), batch["ids"].numpy()), strict=True):
+        draw = random.Random(int(bits))
+        if draw.random() > timms.probability:
+            continue
+        for _ in range(10):
+            area = draw.uniform(timms.min_area, timms.max_area) * (height * width)
+            aspect = math.exp(draw.uniform(*timms.log_aspect_ratio))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if w < width and h < height:
+                top, left = draw.randint(0, height - h), draw.randint(0, width - w)
+                box[:] = top, top + h, left, left + w
+                break
+    return boxes
 
 
 def check_labels(labels: Tensor, ids: Tensor, *, num_classes: int) -> None:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper, Shown
 from scaler.methods.pooled import PooledMethod
-from scaler.methods.supervised.augment import check_labels, color_view, erase_, make_color, make_views, shown_images
+from scaler.methods.supervised.augment import (
+    VIEW,
+    check_labels,
+    color_view,
+    erase_,
+    make_color,
+    make_views,
+    shown_images,
+)
 from scaler.methods.supervised.mixing import make_mixup, mix_
 from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.precision import at_least_fp32, full_precision
@@ -72,8 +80,8 @@ class Supervised(PooledMethod):
             )
 
     def augment(self, batch: Batch, *, seed: int, step: int) -> Batch:
-        """See `Method.augment`: `images` float32 [m, 3, h, w], `targets`, which are labels int64 [m] or, of mixed
-        images, probabilities float32 [m, c], and `keep` for drop path.
+        """See `Method.augment`: `images` [m, 3, h, w] in `image_dtype`; `targets`, which are labels int64 [m] or, of
+        mixed images, probabilities float32 [m, c]; and `keep` for drop path.
 
         Raises:
             ValueError: an image without a label, or with one that is no class.
@@ -81,13 +89,15 @@ class Supervised(PooledMethod):
         mean, std = self.normalization
         labels = batch["labels"]
         check_labels(labels, batch["ids"], num_classes=self.settings.num_classes)
-        images = color_view(batch, self.color, seed=seed, mean=mean, std=std)
-        targets = send(labels, images.device)
+        kinds = self.image_kinds(batch["views"][VIEW])
+        images = color_view(batch, self.color, seed=seed, mean=mean, std=std, **kinds)
         if self.settings.erase_probability:
             erase_(images, batch, probability=self.settings.erase_probability, seed=seed)
-        if self.mixup is not None:
+        if self.mixup is None:
+            targets = send(labels, images.device)
+        else:
             where = {"positions": batch["positions"], "group_size": self.settings.group_size}
-            targets = mix_(self.mixup, images, targets, **where, seed=seed, step=step)
+            targets = mix_(self.mixup, images, labels, **where, seed=seed, step=step)
         keep = self._keep(batch, copies=1, kind="images", seed=seed, step=step)
         return {
             "images": images,

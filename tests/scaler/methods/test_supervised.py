@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import random
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -25,7 +27,10 @@ from torch.nn import functional as F
 
 from scaler.collectives import World
 from scaler.methods.base import Batch
+from scaler.methods.supervised.augment import erase_
 from scaler.methods.supervised.method import Supervised
+from scaler.methods.supervised.mixing import make_mixup, mix_
+from scaler.methods.supervised.settings import SupervisedSettings
 from scaler.nn.batch_norm import GlobalBatchNorm
 from scaler.optimizers import build_optimizer, set_hyper
 from scaler.recipe import Optim, StrategySettings, load_recipe
@@ -454,6 +459,37 @@ def test_the_view_and_its_colours() -> None:
         part = method.augment(make_batch(range(4, 8)), seed=1, step=3)["images"]
         torch.testing.assert_close(part, images[4:8])  # keyed by sample: neither layout nor step counts
         assert not images.equal(method.augment(make_batch(range(BATCH)), seed=2, step=0)["images"])
+
+
+@pytest.mark.parametrize("size", [16, 33])
+@pytest.mark.parametrize("probability", [1.0, 0.4])
+def test_erasing_is_timms_of_every_image(size: int, probability: float) -> None:
+    m = 200
+    ids, epochs = torch.arange(m) * 31, torch.arange(m) % 3
+    images = torch.randn(m, 3, size, size + 7, generator=torch.Generator().manual_seed(0))
+    erased = images.clone()
+    before = random.getstate()
+    erase_(erased, {"ids": ids, "epochs": epochs}, probability=probability, seed=4)
+    assert random.getstate() == before
+    timms, expected = RandomErasing(probability, mode="const", device="cpu"), images.clone()
+    for image, bits in zip(expected, keyed_bits("erase", 4, epochs.numpy(), ids.numpy()), strict=True):
+        random.seed(int(bits))
+        timms(image)
+    random.setstate(before)
+    assert torch.equal(erased, expected) and not torch.equal(erased, images)
+
+
+@pytest.mark.parametrize("mix_by", ["group", "pair", "image"])
+def test_images_of_any_memory_and_precision_are_mixed_alike(mix_by: str) -> None:
+    mixup = make_mixup(SupervisedSettings(num_classes=CLASSES, mixup=1.0, cutmix=1.0, mix_by=mix_by, group_size=4))
+    assert mixup is not None
+    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    lying = images.bfloat16().contiguous(memory_format=torch.channels_last)
+    where = {"positions": torch.arange(BATCH), "group_size": 4, "seed": 0, "step": 5}
+    wanted = mix_(mixup, images, LABELS, **where)
+    assert mix_(mixup, lying, LABELS, **where).equal(wanted)
+    torch.testing.assert_close(lying.float(), images, rtol=2**-7, atol=2**-7)  # rounded twice
+    assert lying.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------- optimiser, layout, settings
