@@ -116,6 +116,7 @@ class Packing:
             views[view.name] = new((view.count, len(self.rest), 3, view.size, view.size))
             for k, out in enumerate(self.pixels):
                 views[view.name].numpy()[:, k] = out[i]
+        copies = sum(view.count for view in self.views)
         offsets = np.cumsum([0, *map(len, self.files)], dtype=np.int64)
         data = new((int(offsets[-1]),))
         for file, start in zip(self.files, offsets.tolist(), strict=False):
@@ -127,7 +128,7 @@ class Packing:
             rows=np.array(self.rows, dtype=np.int64),
             rest=np.array(self.rest, dtype=np.int64),
             reasons=dict(self.reasons),
-            cuts=np.array(self.cuts, dtype=np.int64).reshape(len(self.files), -1, CUT_FIELDS),
+            cuts=np.array(self.cuts, dtype=np.int64).reshape(len(self.files), copies, CUT_FIELDS),
             interpolations={view.name: view.interpolation for view in self.views},
             images=images,
         )
