@@ -242,7 +242,11 @@ def _relief(limit: str, supply: Supply) -> str:
             return "give whole shards room on a local disk (data.cache_size, data.cache_dir)"
         return "put the shards on a faster disk or into the page cache"
     if limit == "decode":
-        return _SMALLER if supply.decode == "cpu" else "store JPEGs, which are what the GPU decodes"
+        return (
+            _SMALLER
+            if supply.decode == "cpu"
+            else "store upright baseline JPEGs, which the GPU decodes (scaler convert --resize 512)"
+        )
     if cut is cut_with_torch:
         return "install with a C compiler: without it views are cut by a slower path"
     return "cut fewer or smaller views"

@@ -34,22 +34,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
 from scaler.bench.contenders import STOCK, Augmentation, stock_chain
+from scaler.bench.fed import Fed, Row, advise, curve, row_rate
 from scaler.bench.loader import prepare
 from scaler.bench.loop import prepared
 from scaler.bench.peers import Files
-from scaler.bench.rounds import Block, cpu_seconds, rate
+from scaler.bench.rounds import Block, cpu_seconds
 from scaler.bench.stepper import Stepper, noise
 from scaler.collectives import World
 from scaler.data import open_data
@@ -59,15 +59,15 @@ from scaler.methods.base import Batch
 from scaler.pauses import short_pauses
 from scaler.prefetch import on_device
 from scaler.recipe import Recipe, load_recipe
-from scaler.supply import delivered, gpu_decoding_pays, worker_room, workers_needed
+from scaler.supply import worker_room, workers_needed
 from scaler.throughput import Throughput
 from scaler.train import make_deterministic
+from shards.device_decode import why_no_gpu_decoding
 
 DECODES = ("cpu", "gpu")
 _PREFETCH = 2  # batches that a worker keeps ready (`shards.loader`)
 _WARM_UP = 3  # steps
 _LONG = 1 << 40  # images: the loader never ends
-_WAIT = 0.03  # of the time: a step that waits less for its data is fed
 
 Say = Callable[[str], None]
 Batches = contextlib.AbstractContextManager[Iterator[Batch]]
@@ -178,46 +178,6 @@ def _recipe(name: str, overrides: Sequence[str], *, images: int | None) -> Recip
 # ---------------------------------------------------------------------- measuring
 
 
-@dataclass
-class Row:
-    """What was measured; see `measure`."""
-
-    part: str
-    name: str
-    decode: str | None = None
-    workers: int | None = None
-    images_per_second: float | None = None
-    images_per_cpu_second: float | None = None
-    data_wait: float | None = None
-    device_seconds: float | None = None
-    missing: str | None = None
-    blocks: list[Block] = field(default_factory=list)
-
-    def take(self, fed: _Fed) -> None:
-        """One more block."""
-        self.blocks.append(fed.block)
-        self.images_per_second, self.images_per_cpu_second = rate(self.blocks, "wall"), rate(self.blocks, "cpu")
-        if fed.wait is not None:
-            self._waits.append(fed.wait)
-            self.data_wait = statistics.median(self._waits)
-        if fed.device_seconds is not None:
-            self._device.append(fed.device_seconds)
-            self.device_seconds = statistics.median(self._device)
-
-    def __post_init__(self) -> None:
-        self._waits: list[float] = []
-        self._device: list[float] = []
-
-
-@dataclass(frozen=True)
-class _Fed:
-    """A block, the part of its time that the step waited, and the device's seconds of decoding an image."""
-
-    block: Block
-    wait: float | None = None
-    device_seconds: float | None = None
-
-
 class _Bench:
     """One recipe on one device."""
 
@@ -227,6 +187,7 @@ class _Bench:
         self.recipe, self.files, self.device = recipe, files, device
         self.seconds, self.rounds, self.say = seconds, rounds, say
         self.size = recipe.data.global_batch_size
+        self.no_gpu_decoding = why_no_gpu_decoding(device)
         say("warming up the step")
         self.method, strategy = prepared(recipe, device)
         self.stepper = Stepper(recipe, self.method, strategy, world=World(), batches=[])
@@ -237,8 +198,8 @@ class _Bench:
 
     def rows(self, numbers: Sequence[int], *, num_cores: int) -> list[Row]:
         """All of them; see the module's text."""
-        step, augment = Row("step", "scaler, images on the device"), Row("augment", "scaler, images on the device")
-        turns: dict[str, tuple[Row, Callable[[], _Fed]]] = {
+        step, augment = Row("step", "scaler"), Row("augment", "scaler")
+        turns: dict[str, tuple[Row, Callable[[], Fed]]] = {
             "step": (step, partial(self._repeat, lambda: self._step(self.noise))),
             "augment": (augment, partial(self._repeat, lambda: self.method.augment(self.noise, seed=0, step=0))),
         }
@@ -254,10 +215,10 @@ class _Bench:
         loading = [row for row, _ in turns.values()]
 
         turns = {"step": turns["step"]}
-        wanted = _rate(step)
+        wanted = row_rate(step)
         fewest: list[int] = []
         for decode in (decode for decode in DECODES if not self._why_not(decode)):
-            needed = workers_needed(wanted, _curve(loading, decode))
+            needed = workers_needed(wanted, curve(loading, decode))
             pair = sorted({min(needed, max(numbers)), max(numbers)})
             fewest += pair
             for number in pair:
@@ -274,7 +235,7 @@ class _Bench:
         self._take_turns(turns)
         return [*loading, *(row for row, _ in turns.values() if row is not step), *absent]
 
-    def _take_turns(self, turns: Mapping[str, tuple[Row, Callable[[], _Fed]]]) -> None:
+    def _take_turns(self, turns: Mapping[str, tuple[Row, Callable[[], Fed]]]) -> None:
         with short_pauses() as settle:  # as the loop does
             settle()
             for number in range(self.rounds):
@@ -284,8 +245,8 @@ class _Bench:
 
     def _why_not(self, decode: str) -> str | None:
         """Why pictures cannot be decoded in this way here; None: they can."""
-        if decode == "gpu" and self.device.type != "cuda":
-            return "needs a GPU with nvJPEG"
+        if decode == "gpu" and self.no_gpu_decoding is not None:
+            return f"needs a GPU with nvJPEG: {self.no_gpu_decoding}"
         return None
 
     def _no_stock(self) -> str | None:
@@ -295,7 +256,7 @@ class _Bench:
 
     # ------------------------------------------------------------------ blocks
 
-    def _repeat(self, work: Callable[[], Any]) -> _Fed:
+    def _repeat(self, work: Callable[[], Any]) -> Fed:
         """The same again and again, until the device has done it."""
         work()
         self._wait()
@@ -306,9 +267,9 @@ class _Bench:
             if self.device.type == "cpu" or clock.count % (8 * self.size) == 0:
                 self._wait()
         self._wait()
-        return _Fed(clock.block())
+        return Fed(clock.block())
 
-    def _load(self, batches: Callable[[], Batches], num_workers: int) -> _Fed:
+    def _load(self, batches: Callable[[], Batches], num_workers: int) -> Fed:
         """Loading alone, until the pixels have come to the device. Workers that began together end together, so what
         comes is counted in rounds of all of them."""
         with batches() as source:
@@ -323,9 +284,9 @@ class _Bench:
                 self._wait()
             block = clock.block()
             seconds = sum(first.elapsed_time(last) / 1000 for first, last in decoding)
-            return _Fed(block, device_seconds=seconds / block.count if decoding else None)
+            return Fed(block, device_seconds=seconds / block.count if decoding else None)
 
-    def _train(self, batches: Callable[[], Batches], num_workers: int, *, augmented: bool = False) -> _Fed:
+    def _train(self, batches: Callable[[], Batches], num_workers: int, *, augmented: bool = False) -> Fed:
         """The step on what is loaded meanwhile, after what was ready when it began. `augmented`: it comes so."""
         with batches() as source, _augmented(self.method, self.noise) if augmented else contextlib.nullcontext():
             for _ in range(_PREFETCH * num_workers):
@@ -340,7 +301,7 @@ class _Bench:
                     clock.count += self.size
                     meter.add(self.size)
             self._wait()
-            return _Fed(clock.block(), wait=meter.read()["data_wait"])
+            return Fed(clock.block(), wait=meter.read()["data_wait"])
 
     def _step(self, batch: Batch) -> None:
         self.stepper.batches = [batch]
@@ -354,15 +315,13 @@ class _Bench:
 
     @contextlib.contextmanager
     def _ours(self, decode: str, num_workers: int) -> Iterator[Iterator[Batch]]:
-        words: dict[str, Any] = {"shards": str(self.files.shards), "num_workers": num_workers}
-        if decode != "cpu":
-            words["decode"] = decode
+        words = {"shards": str(self.files.shards), "num_workers": num_workers, "decode": decode}
         recipe = self.recipe.model_copy(update={"data": self.recipe.data.model_copy(update=words)})
         layout = batch_layout(self.size, micro_batch_size=None, ranks=1)
         loader = open_data(recipe).loader(
             self.method.views, batch_size=self.size, layout=layout, world=World(), start=0, stop=_LONG
         )
-        with contextlib.closing(on_device(iter(loader), self.device)) as batches:  # type: ignore[type-var]
+        with contextlib.closing(on_device(iter(loader), self.device, say=self.say)) as batches:  # type: ignore[type-var]
             yield batches
 
     @contextlib.contextmanager
@@ -424,109 +383,3 @@ def _augmented(method: Any, batch: Batch) -> Iterator[None]:
         yield
     finally:
         del method.augment
-
-
-# ---------------------------------------------------------------------- what it means
-
-
-def _rate(row: Row) -> float:
-    assert row.images_per_second is not None, "measured"
-    return row.images_per_second
-
-
-def _curve(rows: Sequence[Row], decode: str, *, name: str = "scaler") -> dict[int, float]:
-    """Images/s of loading alone by number of workers."""
-    return {
-        row.workers: _rate(row)
-        for row in rows
-        if (row.part, row.name, row.decode) == ("loading", name, decode) and row.workers and not row.missing
-    }
-
-
-def advise(rows: Sequence[Row], *, num_cores: int) -> dict[str, Any]:
-    """What the rows mean for a recipe, one GPU and so many cores.
-
-    Returns:
-        `wanted` images/s; `cores` of a GPU, its training process included, and `workers`, both by way of loading (cpu,
-        gpu, stock; those that were measured); `delivered`, images/s by way with the cores at hand; `gpu_decoding_pays`;
-        `decode` and `num_workers`, what to set.
-    """
-    wanted, room = _rate(next(row for row in rows if row.part == "step")), worker_room(num_cores)
-    curves = {"cpu": _curve(rows, "cpu"), "gpu": _curve(rows, "gpu"), "stock": _curve(rows, "cpu", name=STOCK)}
-    # More workers than there are cores beside the training process say nothing about more cores.
-    curves = {
-        way: {n: rate for n, rate in curve.items() if n <= max(room, min(curve))}
-        for way, curve in curves.items()
-        if curve
-    }
-    needed = {way: workers_needed(wanted, curve) for way, curve in curves.items()}
-    by_room = {way: delivered(room, curve) for way, curve in curves.items()}
-    device = [row.device_seconds for row in rows if row.device_seconds is not None]
-    pays = "gpu" in curves and gpu_decoding_pays(
-        wanted, by_cpu=by_room["cpu"], by_gpu=by_room["gpu"], device_seconds=min(device, default=0.0)
-    )
-    decode = "gpu" if pays else "cpu"
-    return {
-        "wanted": wanted,
-        "workers": needed,
-        "cores": {way: number + 1 for way, number in needed.items()},
-        "delivered": by_room,
-        "gpu_decoding_pays": pays,
-        "decode": decode,
-        "num_workers": min(needed[decode], room),
-    }
-
-
-def as_table(result: Mapping[str, Any]) -> Table:
-    """A row for each that was measured."""
-    recipe = result["recipe"]
-    where = f"{result['cores']} core{'s' * (result['cores'] > 1)}"
-    title = (
-        f"{recipe['name']} on {result['device']}, {where}, {result['images']} images a step of "
-        f"{result['pictures']} JPEGs of {result['mean_bytes'] / 1000:.0f} KB"
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("part", "by", "decode"):
-        table.add_column(name)
-    for name in ("workers", "images/s", "images / CPU-s", "data wait"):
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        labels = [row["part"], row["name"], row["decode"] or "", "" if row["workers"] is None else str(row["workers"])]
-        if row["missing"]:
-            table.add_row(*labels, row["missing"], style="dim")
-            continue
-        rates = (f"{row[name]:,.0f}" for name in ("images_per_second", "images_per_cpu_second"))
-        wait = "" if row["data_wait"] is None else f"{100 * row['data_wait']:.1f} %"
-        table.add_row(*labels, *rates, wait)
-    return table
-
-
-def as_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures mean, a line each."""
-    advice, cores = result["advice"], result["cores"]
-    names = {"cpu": "data.decode=cpu", "gpu": "data.decode=gpu", "stock": STOCK}
-    needed = ", ".join(f"{count} by {names[way]}" for way, count in advice["cores"].items())
-    yield f"the step wants {advice['wanted']:,.0f} images/s; cores that takes, one for the training process: {needed}"
-    by_cpu = advice["delivered"]["cpu"]
-    if "gpu" not in advice["delivered"]:
-        yield "whether decoding on the GPU pays was not measured: it needs a GPU with nvJPEG"
-    elif advice["gpu_decoding_pays"]:
-        yield (
-            f"decoding on the GPU pays here: workers on {cores} cores deliver {by_cpu:,.0f} images/s, and waiting for "
-            "them costs the step more than decoding would"
-        )
-    elif by_cpu >= advice["wanted"]:
-        yield f"decoding on the GPU does not pay here: workers on {cores} cores deliver {by_cpu:,.0f} images/s"
-    else:
-        yield "decoding on the GPU does not pay here: it would cost the step more than waiting for the workers does"
-    for row in result["rows"]:
-        if row["data_wait"] is not None and row["workers"] is not None:
-            held = "fed" if row["data_wait"] <= _WAIT else "held up"
-            yield (
-                f"{row['name']}, {row['workers']} worker{'s' * (row['workers'] > 1)}, decode {row['decode']}: {held}, "
-                f"data wait {row['data_wait']:.1%}, {row['images_per_second'] / advice['wanted']:.0%} of what the step "
-                "wants"
-            )
-    short = advice["workers"][advice["decode"]] > advice["num_workers"]
-    lack = f" (too few: {advice['workers'][advice['decode']]} would be needed, and cores for them)" * short
-    yield f"recommended: data.num_workers={advice['num_workers']} data.decode={advice['decode']}{lack}"

@@ -266,7 +266,8 @@ def bench_feed(
     as_json: Json = False,
 ) -> None:
     """Whether loading keeps up with the step on so many cores, with and without GPU decoding, beside stock loading."""
-    from scaler.bench.feed import as_lines, as_table, measure
+    from scaler.bench.fed import as_lines, as_table
+    from scaler.bench.feed import measure
 
     try:
         numbers = [int(word) for word in _listed(workers, ())]

@@ -25,9 +25,9 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
 
     Args:
         asked: `shards`, a folder or URL; `views`, what is cut from each picture; `cache_dir` of remote shards;
-            `cores`, which `processes` that train share with their decoding; `fed`, what `scaler bench feed` found of
-            the recipe's step, if anybody has asked it; `elsewhere`: other machines read these shards, and this one
-            need not.
+            `decode`, where pictures are decoded (cpu or gpu); `cores`, which `processes` that train share with their
+            decoding; `fed`, what `scaler bench feed` found of the recipe's step, if anybody has asked it; `elsewhere`:
+            other machines read these shards, and this one need not.
     """
     from scaler.recipe import Data
     from shards.index import ShardIndex
@@ -64,8 +64,14 @@ def check(asked: dict[str, Any]) -> Iterator[Finding]:
     except (ImportError, OSError):  # which `scaler.doctor.installation` tells
         yield Finding("ok", "decoding", "not measured, since torch cannot be imported")
     else:
+        if asked["decode"] == "gpu":
+            yield _gpu_decoding()
         yield _decode_rate(
-            index, views=asked["views"], cores=asked["cores"], processes=asked["processes"], fed=asked["fed"]
+            index,
+            views=asked["views"],
+            cores=asked["cores"],
+            processes=asked["processes"],
+            fed=asked["fed"] if asked["decode"] == "cpu" else None,
         )
 
 
@@ -139,6 +145,18 @@ def _read_rate(index: Any) -> Finding:
     facts = {"bytes_per_second": rate, "images_per_second": rate / mean}
     found = f"{rate / 1e6:.0f} MB/s from the disk, which is {rate / mean:.0f} images/s of {mean / 1e3:.0f} KB"
     return Finding("ok", "reading", found, facts=facts)
+
+
+def _gpu_decoding() -> Finding:
+    """Whether the GPU here decodes JPEGs; it is tried."""
+    import torch
+
+    from shards.device_decode import why_no_gpu_decoding
+
+    why = why_no_gpu_decoding(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if why is None:
+        return Finding("ok", "decoding", "the GPU decodes JPEGs (data.decode=gpu); the workers do the rest")
+    return Finding("error", "decoding", f"data.decode=gpu, but {why}", "data.decode=cpu")
 
 
 def _decode_rate(

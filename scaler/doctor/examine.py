@@ -94,6 +94,7 @@ def examine(
     findings += [Finding("ok", "not checked", line) for line in report.unchecked]
     if facts["data"]:
         question = {"shards": facts["data"], "views": facts["views"], "cache_dir": facts["cache_dir"]}
+        question["decode"] = facts["decode"]
         around = {"cores": cores(), "processes": job.processes, "fed": fed, "elsewhere": bool(job.hosts)}
         findings += run_check("data", question | around)
     if started > 1:
@@ -128,4 +129,5 @@ def _facts(findings: Sequence[Finding], *, shards: str | None, run_dir: str | No
         "data": shards,
         "views": [],
         "cache_dir": None,
+        "decode": "cpu",
     }

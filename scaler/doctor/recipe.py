@@ -67,6 +67,7 @@ def _facts(recipe: Any, *, processes: int, ranks: int) -> dict[str, Any]:
         "views": [asdict(view) for view in method.views_at(recipe.data.image_size)],
         "data": None if recipe.data.reader == "stream" else recipe.data.shards,
         "cache_dir": recipe.data.cache_dir,
+        "decode": recipe.data.decode,
     }
 
 

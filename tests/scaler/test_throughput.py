@@ -126,7 +126,7 @@ def test_stages_on_a_gpu_are_its_own_time() -> None:
             "719: decode on the GPU (data.decode=gpu), or use a machine with more cores for each process",
         ),
         (row(resize=2.1, decode=0.5), supply(gpu=True), "or decode on the GPU (data.decode=gpu), or "),
-        (row(decode=2.9), supply(gpu=True, decode="gpu"), "(16 cores here, 2 processes), or store JPEGs"),
+        (row(decode=2.9), supply(gpu=True, decode="gpu"), "(16 cores here, 2 processes), or store upright base"),
         (
             row(read=0.2, device_decode=0.95, wait=0.3),
             supply(gpu=True, decode="gpu"),

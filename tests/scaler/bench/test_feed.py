@@ -19,7 +19,8 @@ from rich.console import Console
 
 from scaler.bench import feed
 from scaler.bench.contenders import STOCK
-from scaler.bench.feed import Row, advise, as_lines, as_table, measure
+from scaler.bench.fed import Row, advise, as_lines, as_table
+from scaler.bench.feed import measure
 from scaler.bench.peers import Files
 from scaler.bench.stepper import noise
 from scaler.collectives import World
@@ -60,7 +61,7 @@ def test_every_row_is_measured_on_given_shards(shards: Path) -> None:
     }
     gpu = rows.pop(("loading", "scaler", "gpu", None), None)
     if not torch.cuda.is_available():
-        assert gpu is not None and gpu["missing"] == "needs a GPU with nvJPEG"
+        assert gpu is not None and gpu["missing"] == "needs a GPU with nvJPEG: there is no CUDA device"
     assert {("loading", "scaler", "cpu", 1), ("training", "scaler", "cpu", 1)} < rows.keys()
     assert {("loading", STOCK, "cpu", 1), ("training", STOCK, "cpu", 1)} < rows.keys()
     for (part, *_), row in rows.items():
@@ -69,7 +70,7 @@ def test_every_row_is_measured_on_given_shards(shards: Path) -> None:
         assert (row["data_wait"] is None) == (part != "training")
         assert row["data_wait"] is None or 0 < row["data_wait"] < 1
     advice = result["advice"]
-    wanted = rows["step", "scaler, images on the device", None, None]["images_per_second"]
+    wanted = rows["step", "scaler", None, None]["images_per_second"]
     assert advice["wanted"] == wanted
     alone = rows["loading", STOCK, "cpu", 1]["images_per_second"]
     assert advice["cores"]["stock"] == 1 + workers_needed(wanted, {1: alone})
@@ -171,6 +172,16 @@ def test_advice_by_hand() -> None:
     alone = advise(rows(wanted=2000.0, **{**curves, "gpu": {}}), num_cores=4)
     assert (alone["gpu_decoding_pays"], alone["decode"], alone["num_workers"]) == (False, "cpu", 3)
     assert alone["workers"]["cpu"] == 6
+
+
+def test_gpu_decoding_is_charged_what_it_was_seen_to_cost() -> None:
+    """The device is at it for 1 ms an image; whether that is time of the step shows where the step is fed by it."""
+    found = rows(wanted=2000.0, cpu={3: 1200.0}, gpu={3: 9000.0}, stock={})
+    found[-1].device_seconds = 1e-3  # 667 images/s, if it were all the step's
+    assert not advise(found, num_cores=4)["gpu_decoding_pays"]
+    for trained, pays in ((1800.0, True), (1100.0, False)):
+        row = Row("training", "scaler", "gpu", 3, images_per_second=trained)
+        assert advise([*found, row], num_cores=4)["gpu_decoding_pays"] == pays
 
 
 def test_wrong_use_is_told(shards: Path) -> None:

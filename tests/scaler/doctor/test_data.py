@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scaler.doctor import data
 from scaler.doctor.examine import _fed
@@ -29,7 +30,7 @@ def shards(tmp_path: Path) -> Iterator[Path]:
 
 def look(shards: Path, **options: Any) -> list[Finding]:
     asked = {"shards": str(shards), "views": [], "cache_dir": None, "cores": 4, "processes": 1, "fed": None}
-    asked["elsewhere"] = False
+    asked |= {"elsewhere": False, "decode": "cpu"}
     return list(data.check({**asked, **options}))
 
 
@@ -53,6 +54,15 @@ def test_cores_for_what_the_step_wants(shards: Path, monkeypatch: pytest.MonkeyP
         assert fast.facts["workers_needed"] == needed and f"{needed + 1:.0f} cores" in fast.found
         assert fast.level == "warning" and fast.fix.startswith(fix)
         assert "2 workers on 4 cores deliver" in fast.found
+
+
+def test_decoding_on_a_gpu_is_tried(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_DECODE_SECONDS", 0.1)
+    *_, gpu, rest = look(shards, decode="gpu", fed={"wanted": 1e6, "gpu_decoding_pays": True})
+    assert rest.level == "ok" and "workers_needed" not in rest.facts, "what workers decode is not all"
+    if not torch.cuda.is_available():
+        assert (gpu.level, gpu.fix) == ("error", "data.decode=cpu")
+        assert gpu.found == "data.decode=gpu, but there is no CUDA device"
 
 
 def test_what_bench_feed_wrote_is_read(tmp_path: Path) -> None:
