@@ -36,7 +36,7 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-from shards.device_resize import cut_on_device
+from shards.device_resize import cut_on_device, runs_kernels
 from shards.encoded import Encoded
 from shards.order import Ints
 from shards.resize import Pixels
@@ -175,7 +175,8 @@ class DeviceDecoder:
             size = len(encoded) + len(encoded.rest)
             others = ", ".join(f"{count} {reason}" for reason, count in sorted(encoded.reasons.items()))
             yield (
-                f"data.decode=gpu: {len(encoded)} of the first {size} images are decoded on {self.device}"
+                f"data.decode=gpu: {len(encoded)} of the first {size} images are decoded on {self.device} and cut by "
+                + ("kernels" if runs_kernels(self.device) else "torch, since there is no Triton for it")
                 + f", the others by the workers ({others})" * bool(others)
             )
         if refused and not self._told_refusal:

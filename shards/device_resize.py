@@ -25,9 +25,9 @@ _FRACTIONS = 64  # steps of a grey level that are kept between the passes
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; it comes with torch where torch comes with CUDA."""
-    return importlib.util.find_spec("triton") is not None
+def runs_kernels(device: torch.device) -> bool:
+    """Whether Triton is there for `device`; it comes with torch where torch comes with CUDA."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def cut_on_device(
@@ -42,7 +42,7 @@ def cut_on_device(
         rows: of each picture, in 0 … m - 1.
         interpolation: bicubic or bilinear.
     """
-    cut = cut_with_triton if out.is_cuda and has_triton() else cut_with_torch
+    cut = cut_with_triton if runs_kernels(out.device) else cut_with_torch
     cut(out, pictures, cuts, rows=rows, interpolation=interpolation)
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from scaler.batches import run_batch
 from scaler.checkpoint import read_manifest
+from scaler.collectives import World
 from scaler.data import IndexedData, StreamData, open_data
 from scaler.layout import Layout
 from scaler.recipe import load_recipe
 from scaler.train import main
 from shards.convert import convert
+from shards.decode import View
 from tests.images import make_image_folder
 from tests.runs import rows, write_recipe
 
@@ -121,3 +124,25 @@ def test_several_sources_and_their_full_paths(shards: Path, tmp_path: Path, monk
     data = open_data(recipe.model_copy(update={"data": settings}))
     assert isinstance(data, StreamData) and data.num_samples is None
     assert data.place == f"{shards}/shard-{{000000..000001}}.tar::https://host/s.tar"
+
+
+def test_gpu_decoding_without_a_gpu_is_refused_before_training(shards, tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "simclr", shards=shards, data={"decode": "gpu"})
+    error = fails(capfd, str(recipe))
+    assert "data.decode=gpu, but there is no CUDA device" in error and "set data.decode=cpu" in error
+    assert not (tmp_path / "recipe" / "metrics.jsonl").exists()
+
+
+def test_a_stream_is_not_decoded_by_a_gpu(shards, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"data\.decode=gpu needs data\.reader=indexed.*set data\.decode=cpu"):
+        load_recipe(stream_recipe(tmp_path / "recipe.yaml", "simclr", f"{shards}/x.tar", decode="gpu"))
+
+
+def test_the_recipe_says_who_decodes(shards, tmp_path) -> None:
+    for decode in ("cpu", "gpu"):
+        recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", "simclr", shards=shards, data={"decode": decode})))
+        data, layout = open_data(recipe), Layout(ranks=1, micro_batch_size=8, num_micro_batches=1)
+        loader = data.loader([View("v", 16)], batch_size=8, layout=layout, world=World(), start=0, stop=8)
+        (batch,) = loader
+        assert ("encoded" in batch) == (decode == "gpu")

@@ -36,3 +36,15 @@ def test_an_option_that_is_unknown_here_is_named() -> None:
         continues(newer, now)
     elsewhere = {**now, "run": {**now["run"], "dir": "runs/other"}, "track": {}}
     continues(elsewhere, now)
+
+
+def test_who_decodes_is_part_of_a_run() -> None:
+    """A GPU's pixels differ by some grey levels: a run goes on with them only if that is meant."""
+    before = load_recipe("simclr/demo", shards="shards").model_dump(mode="json")
+    now = load_recipe("simclr/demo", shards="shards", overrides=["data.decode=gpu"]).model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"data\.decode: 'cpu' → 'gpu'.*allow_changes=\[data\.decode\]"):
+        continues(before, now)
+    continues(before, now, "data.decode")
+    del before["data"]["decode"]  # of an older version
+    with pytest.raises(ValueError, match=r"data\.decode: 'cpu' → 'gpu'"):
+        continues(before, now)

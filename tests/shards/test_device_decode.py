@@ -136,7 +136,7 @@ def test_a_device_makes_the_workers_batches(index: ShardIndex, expected: list[Ba
 
 def test_what_is_told_is_told_once(index: ShardIndex) -> None:
     notes = [note for batch in batches(index, decode="gpu") for note in batch["notes"]]
-    assert [note for note in notes if "of the first 10 images are decoded on cpu" in note] == notes[:1]
+    assert [note for note in notes if "of the first 10 images are decoded on cpu and cut by torch" in note] == notes[:1]
     assert "by the workers (" in notes[0] and "1 PNG" in notes[0]
     (refusal,) = notes[1:]  # of the tables
     assert refusal.startswith("warning: cpu refused ") and "Bogus Huffman table" in refusal
@@ -183,7 +183,7 @@ def test_a_batch_without_anything_for_the_device(index: ShardIndex, expected: li
     monkeypatch.setattr("shards.encoded.why_not_on_gpu", lambda data, info: "whim")
     found = batches(index, decode="gpu")
     check_same(index, found, expected, within=0)
-    assert "decoded on cpu, the others by the workers (10 whim)" in found[0]["notes"][0]
+    assert ", the others by the workers (10 whim)" in found[0]["notes"][0]
 
 
 def test_a_damaged_shard_ends_both(index: ShardIndex, tmp_path: Path) -> None:

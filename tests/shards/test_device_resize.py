@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shards import resize
 from shards.device_resize import cut_on_device, cut_with_torch, cut_with_triton
@@ -72,11 +71,13 @@ def test_borders_sizes_and_flips(path: Path, sizes, size: int, cuts: list[Cut], 
 
 @needs_kernel
 def test_the_middle_of_a_long_picture_is_exact() -> None:
-    """A position is a whole pixel and a part of one: float32 alone would be off by 1/500 of a pixel here."""
+    """A position is a whole pixel and a part of one: as one float32 it would be off by 1/1000 of a pixel here, which
+    every thirtieth pixel shows."""
     picture = np.zeros((2, 16_000, 3), dtype=np.uint8)
     picture[:, ::2] = 255
-    cuts = [Cut(0, 4, 2, 15_990, 64, 15_000, 0, 14_930)]
-    assert differences(cut_with_triton, [picture], [cuts], 64, "bicubic").mean() < 0.05
+    cuts = [Cut(0, 4, 2, 15_990, 64, 15_000, 0, 14_800)]
+    for interpolation in ("bicubic", "bilinear"):
+        assert differences(cut_with_triton, [picture], [cuts], 64, interpolation).mean() < 0.01
 
 
 @needs_kernel

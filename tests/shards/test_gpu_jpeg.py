@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import numpy as np
@@ -97,10 +98,8 @@ def test_a_second_frame_header_is_none_of_a_plain_file() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(4, len(WHOLE) - 1))
 def test_a_file_that_is_cut_off_never_goes_to_the_gpu(length: int) -> None:
-    try:
+    with contextlib.suppress(DecodeError):  # there is no header
         assert why_not(WHOLE[:length]) == "damaged JPEG"
-    except DecodeError:
-        pass  # there is no header
 
 
 @settings(max_examples=300, deadline=None)
