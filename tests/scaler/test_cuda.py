@@ -63,6 +63,15 @@ def test_a_resumed_run_is_bit_identical_on_a_gpu_too(shards, tmp_path, method):
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
 
 
+def test_a_run_whose_pictures_the_gpu_decodes_follows_the_curve(shards, tmp_path, capfd):
+    for decode in ("cpu", "gpu"):
+        recipe = write_recipe(tmp_path / f"{decode}.yaml", "simclr", shards=shards, data={"decode": decode})
+        assert main([str(recipe), "run.stop_after=5 steps"]) == 0
+    assert "images are decoded on cuda" in capfd.readouterr().out
+    by_cpu, by_gpu = ([row["loss"] for row in rows(tmp_path / decode)] for decode in ("cpu", "gpu"))
+    assert by_gpu == pytest.approx(by_cpu, rel=0.05)
+
+
 def test_offloaded_shards_follow_the_curve(shards, tmp_path):
     for name, offload in (("kept", False), ("offloaded", True)):
         recipe = write_recipe(tmp_path / f"{name}.yaml", "dinov2", shards=shards)

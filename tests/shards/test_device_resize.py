@@ -111,3 +111,13 @@ def test_kernels_compile_for_an_h200_without_spills() -> None:
     ]
     for found in compile_for_h200(kernels):
         assert found.spilled == 0 and found.registers <= 80 and found.shared <= 1024
+
+
+def test_the_operation_says_what_it_does_to_compilers_and_fake_tensors() -> None:
+    from shards.device_resize_kernels import _cut
+
+    picture, out = torch.arange(3 * 4 * 5, dtype=torch.uint8, device=DEVICE), torch.zeros((1, 1, 3, 4, 4)).byte()
+    table = torch.tensor([[0, 0, 4, 5, 4, 4, 0, 0, 0, 0, 0, 0, 4, 5]], device=DEVICE)
+    torch.library.opcheck(
+        _cut, (out.to(DEVICE), picture, table, 3 * 4 * 4, 4, True), test_utils=("test_schema", "test_faketensor")
+    )
