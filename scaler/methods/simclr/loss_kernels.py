@@ -147,10 +147,11 @@ def _sums(
     use = blocks(width, exact=exact, backward=False)
     num_blocks, parts, per_part = _grid(use, a, n, width)
     others, best = (high.new_empty(parts, a, dtype=torch.float32) for _ in range(2))
-    sums_kernel[num_blocks, parts](
-        high, low, lengths, others, best, scale, a, n, per_part, width=width, block_a=use.anchors, block_n=use.keys,
-        exact=exact, num_warps=use.warps, num_stages=use.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(high):  # where Triton launches
+        sums_kernel[num_blocks, parts](
+            high, low, lengths, others, best, scale, a, n, per_part, width=width, block_a=use.anchors, block_n=use.keys,
+            exact=exact, num_warps=use.warps, num_stages=use.stages,
+        )  # fmt: skip
     return others, best
 
 
@@ -170,10 +171,11 @@ def _weighted(
     use = blocks(width, exact=exact, backward=True)
     num_blocks, parts, per_part = _grid(use, a, n, width)
     out = high.new_empty(parts, a, d, dtype=torch.float32)
-    weighted_kernel[num_blocks, parts, width // use.channels](
-        high, low, lengths, inverse, unit, out, scale, a, n, d, per_part, width=width, block_a=use.anchors,
-        block_n=use.keys, channels=use.channels, exact=exact, num_warps=use.warps, num_stages=use.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(high):  # where Triton launches
+        weighted_kernel[num_blocks, parts, width // use.channels](
+            high, low, lengths, inverse, unit, out, scale, a, n, d, per_part, width=width, block_a=use.anchors,
+            block_n=use.keys, channels=use.channels, exact=exact, num_warps=use.warps, num_stages=use.stages,
+        )  # fmt: skip
     return out
 
 

