@@ -270,9 +270,9 @@ def as_table(result: Mapping[str, Any]) -> Table:
     cut = ", ".join(f"{count} of {size} px" for count, size in result["views"].values())
     title = f"{recipe['name']} on {result['device']}: {result['images']} images, each {cut}, to {result['dtype']}"
     table = Table(title=title, title_justify="left")
-    table.add_column("by")
+    table.add_column("by", no_wrap=True)
     on = "GPU" if result["clock"] == "wall" else "CPU"
-    for name in (f"{on} ms a batch", "images/s", "views/s", "images / CPU-s", "ours, times"):
+    for name in (f"{on} ms", "images/s", "views/s", "images / CPU-s", "ours, times"):
         table.add_column(name, justify="right")
     for row in result["rows"]:
         if "missing" in row:

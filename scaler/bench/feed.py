@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
@@ -66,7 +67,7 @@ from shards.device_decode import why_no_gpu_decoding
 
 DECODES = ("cpu", "gpu")
 _PREFETCH = 2  # batches that a worker keeps ready (`shards.loader`)
-_WARM_UP = 3  # steps
+_QUIET, _LONGEST_WARM_UP = 3, 15  # steps in a row in which nothing is compiled end the warm-up; at most so many
 _LONG = 1 << 40  # images: the loader never ends
 
 Say = Callable[[str], None]
@@ -192,8 +193,13 @@ class _Bench:
         self.method, strategy = prepared(recipe, device)
         self.stepper = Stepper(recipe, self.method, strategy, world=World(), batches=[])
         self.noise = noise(self.method, self.size, world=World(), device=device)
-        for _ in range(_WARM_UP):
+        quiet = 0
+        for _ in range(_LONGEST_WARM_UP):
+            graphs = counters["stats"]["unique_graphs"]
             self._step(self.noise)
+            quiet = quiet + 1 if counters["stats"]["unique_graphs"] == graphs else 0
+            if quiet == _QUIET:
+                break
         self._wait()
 
     def rows(self, numbers: Sequence[int], *, num_cores: int) -> list[Row]:
@@ -301,7 +307,8 @@ class _Bench:
                     clock.count += self.size
                     meter.add(self.size)
             self._wait()
-            return Fed(clock.block(), wait=meter.read()["data_wait"])
+            waited = meter.read()["data_wait"]
+            return Fed(clock.block(), wait=waited)
 
     def _step(self, batch: Batch) -> None:
         self.stepper.batches = [batch]
@@ -361,7 +368,8 @@ class _Clock:
 
     def block(self) -> Block:
         """What was counted, in the time until now."""
-        return Block(self.count, cpu_seconds() - self._cpu, self.wall())
+        wall = self.wall()
+        return Block(self.count, cpu_seconds() - self._cpu, wall)
 
 
 @contextlib.contextmanager
@@ -374,12 +382,19 @@ def _augmented(method: Any, batch: Batch) -> Iterator[None]:
     def augment(batch: Batch, *, seed: int, step: int) -> Batch:
         floats: list[Tensor] = batch["floats"]
         if "images" in template:
-            return {**template, "images": torch.cat(floats).to(template["images"].dtype)}
+            return {**template, "images": _like(torch.cat(floats), template["images"])}
         kinds = [[x for name, x in zip(names, floats, strict=True) if (name == "local") == local] for local in (0, 1)]
-        return {**template, "crops": [torch.cat(kind).to(template["crops"][0].dtype) for kind in kinds if kind]}
+        crops = [torch.cat(kind) for kind in kinds if kind]
+        return {**template, "crops": [_like(x, like) for x, like in zip(crops, template["crops"], strict=True)]}
 
     method.augment = augment
     try:
         yield
     finally:
         del method.augment
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """In its dtype, and channels last if it is so."""
+    last = not other.is_contiguous() and other.is_contiguous(memory_format=torch.channels_last)
+    return x.to(other.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
