@@ -3,7 +3,8 @@
 A few things make that possible in minutes on a small machine, and none of them changes a command: recipes of the names
 that the README uses lie in the folder (a path goes before a name), the real ones with smaller numbers; so do small
 photos; `s3://bucket` is a server here; `hosts` are namespaces of this machine; pretrained weights are in the hub's
-cache, but random.
+cache, but random; and `scaler` is forked from a process that has imported torch (tests/warm.py), but for commands that
+go over hosts.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.hosts import TestHost, hosts
 from tests.images import make_image_folder
 from tests.long import LONG
 from tests.s3 import s3_server
+from tests.warm import warm_scaler
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 37  # as the README says
@@ -125,20 +127,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[list[TestHost]]:
-    with hosts(2) as found:
-        yield found
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=[f"{i:02}-{command[:50]}" for i, command in enumerate(COMMANDS)])
-def test_it_does_what_it_says(command: str, place: Path, request: pytest.FixtureRequest) -> None:
-    if command.startswith(ITSELF):
-        pytest.skip("it is what runs this test")
-    if command.startswith(SLOW) and not LONG:
-        pytest.skip("takes minutes: SCALER_TEST_LONG=1 runs it")
-    environment = {
+def environment(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The commands' variables; the warm `scaler` comes first in PATH."""
+    bin = Path(sys.executable).parent
+    variables = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{bin}:{os.environ['PATH']}",
         "HF_HOME": str(place / "hub"),
         "HF_HUB_OFFLINE": "1",
         "XDG_CACHE_HOME": str(place / "cache"),
@@ -147,10 +141,29 @@ def test_it_does_what_it_says(command: str, place: Path, request: pytest.Fixture
         if torch.cuda.device_count() < 4
         else os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3"),
     }
+    with warm_scaler(tmp_path_factory.mktemp("warm"), env=variables) as warm:
+        yield {**variables, "PATH": f"{warm}:{variables['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[list[TestHost]]:
+    with hosts(2) as found:
+        yield found
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[f"{i:02}-{command[:50]}" for i, command in enumerate(COMMANDS)])
+def test_it_does_what_it_says(
+    command: str, place: Path, environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    if command.startswith(ITSELF):
+        pytest.skip("it is what runs this test")
+    if command.startswith(SLOW) and not LONG:
+        pytest.skip("takes minutes: SCALER_TEST_LONG=1 runs it")
     shell = ["bash", "-euo", "pipefail", "-c", command]
     if re.search(r"--hosts? ?(hosts|\w*file hosts)|--hostfile hosts", command):
         host = request.getfixturevalue("machines")[0]
-        done = host.run(shell, cwd=place, env=environment, timeout=300)
+        cold = {**environment, "PATH": environment["PATH"].partition(":")[2]}  # the warm one is on another host
+        done = host.run(shell, cwd=place, env=cold, timeout=300)
     else:
         done = subprocess.run(shell, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
