@@ -169,8 +169,15 @@ def apply_color(
     if runs_kernels(x):
         from scaler.nn import color_kernels
 
-        kinds = {"dtype": dtype, "channels_last": channels_last}
-        return color_kernels.apply(x, parameters, operations=jitter_operations(parameters), mean=mean, std=std, **kinds)
+        return color_kernels.apply(
+            x,
+            parameters,
+            operations=jitter_operations(parameters),
+            mean=mean,
+            std=std,
+            dtype=dtype,
+            channels_last=channels_last,
+        )
     out = apply_color_with_torch(x, parameters, mean=mean, std=std)
     return out.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

@@ -11,6 +11,7 @@ computes nothing that its image does not get:
 Results are stored in any float dtype and as channels-last memory if wanted. Sums run in a fixed order: the same bits on
 every repetition.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -97,19 +98,20 @@ def _color(
     means = x.new_empty(m, dtype=torch.float32)
     scratch = x.new_empty((2, len(rows), 3, h, w), dtype=torch.float32)
     blocks = triton.cdiv(h * w, _BLOCK)
-    if contrast:
-        _means[(m,)](x, means, table, h * w, BYTES=x.dtype == torch.uint8, **_CONSTANTS)
-    _colors[(m, blocks)](
-        x, out, scratch, table, means, normalization, h * w, threshold, *strides,
-        BYTES=x.dtype == torch.uint8, **_CONSTANTS,
-    )  # fmt: skip
-    if len(rows):
-        grid = (len(rows), blocks)
-        _rows[grid](scratch[0], scratch[1], table, rows, h * w, w, blur_kernel, **_CONSTANTS)
-        _columns[grid](
-            scratch[1], out, table, rows, normalization, h, w, blur_kernel, threshold, *strides,
-            **_CONSTANTS,
+    with torch.cuda.device_of(x):  # where Triton launches
+        if contrast:
+            _means[(m,)](x, means, table, h * w, BYTES=x.dtype == torch.uint8, **_CONSTANTS)
+        _colors[(m, blocks)](
+            x, out, scratch, table, means, normalization, h * w, threshold, *strides,
+            BYTES=x.dtype == torch.uint8, **_CONSTANTS,
         )  # fmt: skip
+        if len(rows):
+            grid = (len(rows), blocks)
+            _rows[grid](scratch[0], scratch[1], table, rows, h * w, w, blur_kernel, **_CONSTANTS)
+            _columns[grid](
+                scratch[1], out, table, rows, normalization, h, w, blur_kernel, threshold, *strides,
+                **_CONSTANTS,
+            )  # fmt: skip
     return out
 
 

@@ -50,8 +50,8 @@ def color_views(
     views, keys = batch["views"], {"seed": seed, "epochs": batch["epochs"], "ids": batch["ids"]}
     color = make_color(settings, image_size=views[VIEWS[0]].shape[-1])
     drawn = [sample_color(color, **keys, view=name, copy=0) for name in VIEWS]
-    images, kinds = torch.cat([views[name][0] for name in VIEWS]), {"dtype": dtype, "channels_last": channels_last}
-    return apply_color(images, concatenate(drawn), mean=mean, std=std, **kinds)
+    images = torch.cat([views[name][0] for name in VIEWS])
+    return apply_color(images, concatenate(drawn), mean=mean, std=std, dtype=dtype, channels_last=channels_last)
 
 
 def shown_views(batch: Batch, augmented: Batch, settings: SimCLRSettings) -> list[Shown]:

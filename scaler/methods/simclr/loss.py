@@ -19,7 +19,6 @@ Shapes: a anchors of this rank (both views of m images), n keys of all ranks, ow
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scaler.collectives import World
+from scaler.nn.kernels import has_triton
 from scaler.nn.precision import at_least_fp32, full_precision
 
 _SIDES = {"cpu": 1024}  # rows and columns of a tile: what stays in a core's cache
@@ -96,7 +96,7 @@ def runs_kernels(z: Tensor, *, temperature: float, num_keys: int) -> bool:
         and z.dtype == torch.float32
         and z.shape[1] <= _WIDEST
         and 1 / temperature + math.log(num_keys) <= 76
-        and importlib.util.find_spec("triton") is not None
+        and has_triton()
         and (
             not torch.cuda.is_available()  # z is fake
             or torch.cuda.get_device_properties(z.device).shared_memory_per_block_optin >= _SHARED_MEMORY

@@ -52,8 +52,8 @@ def color_view(
 ) -> Tensor:
     """Loader batch of m images → coloured and normalised [m, 3, size, size]."""
     parameters = sample_color(color, seed=seed, epochs=batch["epochs"], ids=batch["ids"], view=VIEW, copy=0)
-    kinds = {"dtype": dtype, "channels_last": channels_last}
-    return apply_color(batch["views"][VIEW][0], parameters, mean=mean, std=std, **kinds)
+    images: Tensor = batch["views"][VIEW][0]
+    return apply_color(images, parameters, mean=mean, std=std, dtype=dtype, channels_last=channels_last)
 
 
 def shown_images(augmented: Batch, color: Color) -> list[Shown]:
