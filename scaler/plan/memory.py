@@ -53,7 +53,7 @@ class Setup:
 class Memory:
     """Bytes of a rank: the most at any moment, which moment that is, and the parts it is made of, by `PARTS`.
 
-    `inputs` are the loader's views and one augmented micro-batch, `activations` all that forward and backward make
+    `inputs` are the loader's views and augmented micro-batches (one; on a GPU two), `activations` all that forward and backward make
     (losses, targets and observations included), `gathered` whole weights that belong to other ranks, `buffers` what
     gradients travel in and what the optimiser needs while it steps.
     """
@@ -83,10 +83,11 @@ def memory_of(name: str, model: Model, trace: Trace, setup: Setup) -> Memory:
     held, moments = _STRATEGIES[name](model, trace, setup)
     fullest = max(moments, key=lambda moment: moment.total)
     kept = 0 if fullest.name == "update" else trace.kept
-    waiting = setup.num_micro_batches + 2 * (setup.device == "cuda")  # the GPU gets batches ahead of need
+    ahead = int(setup.device == "cuda")  # a GPU gets batches ahead of need, and makes the next one's floats meanwhile
+    waiting = setup.num_micro_batches + 2 * ahead
     parts = {
         **held,
-        "inputs": trace.inputs + waiting * trace.views,
+        "inputs": (1 + ahead) * trace.inputs + waiting * trace.views,
         "gradients": fullest.gradients,
         "activations": fullest.activations + kept,
         "gathered": fullest.gathered,

@@ -190,6 +190,7 @@ def trace_step(
     method = meta_method(recipe, world=Imagined(ranks))
     timetable = Timetable(recipe, num_samples=NUM_SAMPLES)
     hyper = timetable.hyper(method, timetable.total - 1)
+    method.image_dtype = DTYPES[settings.precision]
     raw = noise(method, micro_batch_size, world=World(), device=torch.device("meta"))
     augmented = method.augment(raw, seed=recipe.run.seed, step=0)
     segments: list[Segment] = []
