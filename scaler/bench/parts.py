@@ -8,8 +8,8 @@
     parts.read()                       # one {part: seconds} a step
 
 On a GPU the marks are events on the stream, so a part lasts from when the device has done all before it until it has
-done the part; on a CPU they are the clock's. A GPU's augmentation runs on a stream beside the step, so its part is what the
-step waits for it (`scaler bench augment` measures it alone).
+done the part; on a CPU they are the clock's. A GPU's augmentation runs on a stream beside the step, so its part is what
+the step waits for it (`scaler bench augment` measures it alone).
 """
 
 from __future__ import annotations

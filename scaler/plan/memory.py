@@ -53,9 +53,9 @@ class Setup:
 class Memory:
     """Bytes of a rank: the most at any moment, which moment that is, and the parts it is made of, by `PARTS`.
 
-    `inputs` are the loader's views and augmented micro-batches (one; on a GPU two), `activations` all that forward and backward make
-    (losses, targets and observations included), `gathered` whole weights that belong to other ranks, `buffers` what
-    gradients travel in and what the optimiser needs while it steps.
+    `inputs` are the loader's views and augmented micro-batches (one; on a GPU two), `activations` all that forward and
+    backward make (losses, targets and observations included), `gathered` whole weights that belong to other ranks,
+    `buffers` what gradients travel in and what the optimiser needs while it steps.
     """
 
     peak: int
