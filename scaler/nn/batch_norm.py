@@ -103,7 +103,9 @@ class GlobalBatchNorm(nn.Module):
             momentum = 1.0 / float(count) if self.momentum is None else self.momentum
         if self.world.size == 1:
             return F.batch_norm(x, mean, var, *self._affine(), training=True, momentum=momentum, eps=self.eps)
-        y, batch_mean, batch_var, n = _GlobalNormalise.apply(x, *self._affine(), self.eps, self.world)
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return _ByKernels.apply(x, *self._affine(), mean, var, momentum, self.eps, self.world)  # type: ignore[no-any-return]
+        y, batch_mean, batch_var, n = _ByFormulas.apply(x, *self._affine(), self.eps, self.world)
         if mean is not None and var is not None:
             mean.lerp_(batch_mean.to(mean.dtype), momentum)
             var.lerp_((batch_var * (n / (n - 1))).to(var.dtype), momentum)
@@ -121,12 +123,13 @@ class GlobalBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, ranks={self.world.size}"
 
 
-class _GlobalNormalise(torch.autograd.Function):
+class _ByFormulas(torch.autograd.Function):
     """x → normalised x, and the batch's mean, biased variance (fp32 or wider, [c]) and count, without gradient.
 
     With N values per channel over all ranks, x̂ = (x - mean) / s and incoming gradients g, the input gets
     weight / s · (g - Σg / N - x̂ · Σ(g·x̂) / N), where the sums run over all ranks. Weight and bias get local sums: the
-    wrappers average parameter gradients over ranks, and `g` is scaled for that already.
+    wrappers average parameter gradients over ranks, and `g` is scaled for that already. A compiler makes of it what the
+    kernels below are, with what comes before and after, and no copy in fp32 is left.
     """
 
     @staticmethod
@@ -137,7 +140,7 @@ class _GlobalNormalise(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         local_var, local_mean = torch.var_mean(wide, dim=dims, correction=0)
         local_count = x.numel() // x.shape[1]
-        row = torch.cat([local_mean, local_var, local_mean.new_tensor([float(local_count)])])
+        row = torch.cat([local_mean, local_var, local_mean.new_full((1,), float(local_count))])
         rows = world.all_gather(row[None])  # [ranks, 2c + 1]
         means, variances, counts = rows.split([x.shape[1], x.shape[1], 1], dim=1)
         count = counts.sum()
@@ -173,8 +176,11 @@ class _GlobalNormalise(torch.autograd.Function):
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running backward here, so that a forward is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is running backward here, so that a forward is a recomputation.
+
+    A compiled one knows nothing of it, and need not: what it does to buffers is not among what is computed again.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def convert_batch_norm(module: nn.Module, world: World) -> nn.Module:
