@@ -348,6 +348,8 @@ def _assumptions(recipe: Recipe, machine: Machine, images: int | None) -> Iterat
         f"where it is at most {USABLE:.0%} of a GPU's: the rest is for CUDA, NCCL and fragmentation"
     )
     yield "compilation (strategy.compile) and offload by a DeepSpeed file change memory and are not counted"
+    if recipe.data.decode == "gpu":
+        yield "data.decode=gpu: pictures that are being decoded (up to 256 MB) and nvJPEG's own memory are not counted"
     if recipe.data.stages:
         yield "data.stages: planned for the batch and image size after the last; days count all images at that size"
     if machine.images_per_second:
