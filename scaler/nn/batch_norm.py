@@ -104,7 +104,8 @@ class GlobalBatchNorm(nn.Module):
         if self.world.size == 1:
             return F.batch_norm(x, mean, var, *self._affine(), training=True, momentum=momentum, eps=self.eps)
         if x.is_cuda and not torch.compiler.is_compiling():
-            return _ByKernels.apply(x, *self._affine(), mean, var, momentum, self.eps, self.world)  # type: ignore[no-any-return]
+            out: Tensor = _ByKernels.apply(x, *self._affine(), mean, var, momentum, self.eps, self.world)
+            return out
         y, batch_mean, batch_var, n = _ByFormulas.apply(x, *self._affine(), self.eps, self.world)
         if mean is not None and var is not None:
             mean.lerp_(batch_mean.to(mean.dtype), momentum)
@@ -173,6 +174,57 @@ class _ByFormulas(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _ByKernels(torch.autograd.Function):
+    """The same on a GPU by torch's kernels of batch norm over ranks: nothing of the size of x is made but y, and in the
+    backward its gradient. They read half-precision and channels-last tensors as they are, and count in fp32.
+
+    The running statistics are moved by `momentum` on the way, unless they are None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        world: World,
+    ) -> Tensor:
+        x, channels = _dense(x), x.shape[1]
+        mean, inverse_std = torch.batch_norm_stats(x, eps)
+        row = torch.cat([mean, inverse_std, mean.new_full((1,), x.numel() / channels)])
+        means, inverse_stds, counts = world.all_gather(row[None]).split([channels, channels, 1], dim=1)
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverse_stds, running_mean, running_var, momentum, eps, counts.reshape(-1)
+        )
+        ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
+        ctx.world = world
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, counts = ctx.saved_tensors
+        if grad.stride() != x.stride():  # the kernels take both in the same memory
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        affine = weight is not None
+        sum_grad, sum_product, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse_std, weight, True, affine, affine
+        )
+        sums = ctx.world.sum_(torch.stack([sum_grad, sum_product]))
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, weight, sums[0], sums[1], counts)
+        return grad_x, grad_weight if affine else None, grad_bias if affine else None, *[None] * 5
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if it is contiguous or has its channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x if x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim]) else x.contiguous()
 
 
 def _in_backward() -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scaler.collectives import World
-from scaler.nn.batch_norm import GlobalBatchNorm, convert_batch_norm, frozen_statistics, has_batch_norm
+from scaler.nn.batch_norm import GlobalBatchNorm, _ByKernels, convert_batch_norm, frozen_statistics, has_batch_norm
 from tests.distributed.helper import run_distributed
+from tests.fake_cuda import fake_cuda
 
 C = 5
 
@@ -240,3 +244,79 @@ def test_cuda_gives_what_the_cpu_gives(kind: str) -> None:
     on_cuda = step(convert_batch_norm(model(kind), World()).cuda(), x.cuda())
     for a, b in zip(on_cpu, on_cuda, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-4, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- torch's kernels on a GPU
+
+SHAPES = [(12, C), (12, C, 7), (12, C, 6, 5)]
+
+
+def by_kernels(x: Tensor, buffers: list[Tensor], affine: list[Tensor | None]) -> Tensor:
+    y: Tensor = _ByKernels.apply(x, *affine, *buffers, 0.3, 1e-5, World())
+    return y
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_are_torchs_batch_norm(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
+    if channels_last and len(shape) != 4:
+        return
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 2).to("cuda", dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    found = []
+    for normalise in (by_kernels, None):
+        inputs, affine = x.clone().requires_grad_(), [torch.full((C,), v, device="cuda") for v in (1.5, 0.5)]
+        buffers = [torch.zeros(C, device="cuda"), torch.ones(C, device="cuda")]
+        for parameter in affine:
+            parameter.requires_grad_()
+        if normalise is not None:
+            y = normalise(inputs, buffers, affine)
+            assert y.dtype == dtype and y.stride() == x.stride()
+        else:
+            y = F.batch_norm(inputs.float(), *buffers, *affine, training=True, momentum=0.3)
+        (y.float() ** 3).sum().backward()
+        found.append([y.float(), inputs.grad.float(), *(p.grad for p in affine), *buffers])
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for mine, wanted in zip(*found, strict=True):
+        assert float((mine - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("affine", [False, True])
+def test_kernels_wait_for_nothing_and_keep_type_and_memory(monkeypatch, shape: tuple[int, ...], affine: bool) -> None:
+    with kernels_on_fakes(), fake_cuda(monkeypatch) as gpu:
+        x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+        inputs = x.detach().requires_grad_()
+        parameters = [torch.empty(C, device="cuda", requires_grad=True) if affine else None for _ in range(2)]
+        buffers = [torch.empty(C, device="cuda") for _ in range(2)]
+        y = by_kernels(inputs, buffers, parameters)
+        (y.float() ** 3).sum().backward()
+        assert gpu.waits == []
+    assert inputs.grad is not None
+    for tensor in (y, inputs.grad):
+        assert (tensor.dtype, tensor.stride()) == (x.dtype, x.stride())
+    assert all(p is None or p.grad.shape == (C,) for p in parameters)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def kernels_on_fakes() -> Iterator[None]:
+    """The shapes of what torch's kernels give, which torch has for real GPUs only."""
+
+    def pair(x: Tensor) -> tuple[Tensor, Tensor]:
+        values = x.new_empty(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        return values, values.clone()
+
+    fakes = {
+        "stats": lambda x, eps: pair(x),
+        "gather_stats_with_counts": lambda x, *_: pair(x),
+        "elemt": lambda x, *_: torch.empty_like(x),
+        "backward_reduce": lambda g, x, *_: (*pair(x), *pair(x)),
+        "backward_elemt": lambda g, x, *_: torch.empty_like(x),
+    }
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name, fake in fakes.items():
+            library.impl(f"batch_norm_{name}", fake, "Meta")
+        yield
