@@ -101,7 +101,8 @@ class CompiledForward:
     """A forward of blocks, compiled as one graph for every kind of input: fixed shapes, with and without gradient.
 
     Where that cannot be, it says so once and runs on: in the pieces that can be compiled where something in the block
-    (a collective, a hook) cannot, and uncompiled beyond as many kinds of input as dynamo keeps apart.
+    (a hook) cannot, uncompiled where that block keeps statistics, and uncompiled beyond as many kinds of input as
+    dynamo keeps apart.
     """
 
     def __init__(self, forward: Forward, *, name: str, backend: str) -> None:
@@ -121,12 +122,14 @@ class CompiledForward:
                 return self._run(block, *args)
         except torch._dynamo.exc.Unsupported as error:
             why = str(error).strip().splitlines()[0]
+            # Pieces do not know that they are computed again for a backward, and would count a batch twice.
+            counts = any(True for _ in block.buffers())
+            outcome = "is not compiled" if counts else "is compiled in pieces, which saves less time"
             warnings.warn(
-                f"{self._name} cannot be compiled as a whole ({why}): it is compiled in pieces, which saves less time; "
-                "TORCH_LOGS=graph_breaks says where",
+                f"{self._name} cannot be compiled as a whole ({why}): it {outcome}; TORCH_LOGS=graph_breaks says where",
                 stacklevel=2,
             )
-            self._run = self._compile(whole=False)
+            self._run = self._forward if counts else self._compile(whole=False)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             warnings.warn(
                 f"{self._name} has met more than {torch._dynamo.config.recompile_limit} kinds of input (image or "

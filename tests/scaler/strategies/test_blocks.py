@@ -121,6 +121,15 @@ def test_what_cannot_be_compiled_says_so_and_runs() -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+def test_what_keeps_statistics_is_not_compiled_in_pieces() -> None:
+    block = Chatty()
+    block.register_buffer("seen", torch.zeros(()))
+    arrange_blocks_([block], checkpointing="none", compiled=True, backend="eager")
+    with pytest.warns(UserWarning, match=r"Chatty cannot be compiled as a whole \(.*: it is not compiled"):
+        assert torch.equal(block(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+    assert counters["stats"]["unique_graphs"] == 0
+
+
 def test_too_many_kinds_of_input_are_said_and_run_uncompiled() -> None:
     block = nn.Linear(3, 3)
     arrange_blocks_([block], checkpointing="none", compiled=True, backend="eager")
