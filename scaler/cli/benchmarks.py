@@ -73,8 +73,9 @@ def bench_step(
         bool,
         typer.Option(
             "--compare",
-            help="With one pass per crop size, and with DINOv2 as one writes it first: timm's blocks, all scores in "
-            "memory, AdamW parameter by parameter, a look at the loss every step.",
+            help="With the step as others write it: DINOv2 and SimCLR as one does first (timm's blocks, all scores in "
+            "memory or lightly's loss, AdamW parameter by parameter), supervised training as timm's script; DINOv2 "
+            "also with one pass per crop size.",
         ),
     ] = False,
     trace: Annotated[
@@ -91,7 +92,8 @@ def bench_step(
     Processes that torchrun or accelerate have started (`-m scaler.cli bench step …`) measure together.
     """
     _start(processes)
-    from scaler.bench.step import as_lines, as_table, measure
+    from scaler.bench.step import measure
+    from scaler.bench.step_text import as_lines, as_table
 
     result = measure(
         recipe,

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from scaler.bench.reference import Reference
+from scaler.bench.references.dinov2 import DINOv2Reference
 from scaler.bench.stepper import Stepper, noise
 from scaler.collectives import World
 from scaler.optimizers import build_optimizer
@@ -57,7 +57,7 @@ def ours(recipe: Recipe, images: int) -> Callable[[], Any]:
 
 def reference(recipe: Recipe, images: int) -> Callable[[], Any]:
     """The plain computation's step."""
-    found = Reference(recipe, precision=recipe.strategy.precision, device=CUDA)
+    found = DINOv2Reference(recipe, precision=recipe.strategy.precision, device=CUDA)
     raw = fake_batch(noise(found.method, images, world=World(), device=torch.device("cpu")))
     return partial(found.step, repeat([raw]), lambda part: None)
 

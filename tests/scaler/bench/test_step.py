@@ -15,8 +15,10 @@ from torch import Tensor
 
 from scaler.bench.flops import best_matmul_rate, model_flops
 from scaler.bench.parts import NAMES
-from scaler.bench.reference import Reference, separate_
-from scaler.bench.step import OURS, REFERENCE, SEPARATE, as_lines, as_table, combinations, measure
+from scaler.bench.references.dinov2 import DINOv2Reference
+from scaler.bench.step import combinations, measure
+from scaler.bench.step_contenders import OURS, REFERENCE, SEPARATE, separate_
+from scaler.bench.step_text import as_lines, as_table
 from scaler.bench.stepper import noise
 from scaler.bench.trace import idle_share, kind
 from scaler.collectives import World
@@ -76,9 +78,9 @@ def difference(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def test_the_plain_computation_has_our_loss_and_gradients(overrides: list[str]) -> None:
     recipe = demo(*overrides)
     loss, mine = learned(recipe, separate=False)
-    reference = Reference(recipe, precision="fp32", device=CPU)
+    reference = DINOv2Reference(recipe, precision="fp32", device=CPU)
     batch, hyper = step_inputs(recipe, reference.method)
-    plain = reference.loss(batch, temperature=hyper["teacher_temperature"])
+    plain = reference.loss(batch, hyper=hyper)
     plain.backward()
     torch.testing.assert_close(plain.detach(), loss, rtol=1e-5, atol=0)
     assert difference(gradients(reference.student), mine) < 1e-5
@@ -93,7 +95,7 @@ def test_the_packed_pass_is_equal_to_separate_ones() -> None:
 
 def test_the_plain_step_trains_and_its_teacher_follows() -> None:
     recipe = demo("method.drop_path=0.2")
-    reference = Reference(recipe, precision="bf16", device=CPU)
+    reference = DINOv2Reference(recipe, precision="bf16", device=CPU)
     before = [p.clone() for p in reference.teacher.parameters()]
     marks: list[str] = []
     batches = iter([[noise(reference.method, M, world=World(), device=CPU)]])
@@ -227,7 +229,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert {"date", "cpu", "packages", "git", "command"} <= result.keys()
     row, other = result["rows"]
     assert row["steps"] == 1 and result["recipe"]["strategy"]["precision"] == "bf16"
-    assert other["failed"] == "there is none of simclr"
+    assert other["name"] == REFERENCE and other["ours_times_as_fast"] > 0 and "timm's vit_tiny" in other["made_of"]
 
 
 @only_long

@@ -10,96 +10,71 @@ Shapes: m images, L local crops, T masked tokens, p patches, d features, K proto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
+from scaler.bench.references.base import At, Reference, make_optimizer, nothing, plain_backbone
 from scaler.collectives import World
-from scaler.methods.base import Batch, Method
+from scaler.methods.base import Batch, Hyper
 from scaler.methods.dinov2.method import DINOv2
 from scaler.methods.dinov2.network import Network, parameter_groups
-from scaler.optimizers import set_hyper
-from scaler.plan.trace import NUM_SAMPLES, meta_method
 from scaler.recipe import Recipe
-from scaler.strategies.base import DTYPES
-from scaler.timetable import Timetable
 from scaler.train import build_method
 
 
-def why_no_reference(recipe: Recipe, *, ranks: int, num_micro_batches: int, precision: str) -> str | None:
-    """What of a recipe the reference has not been written for; None: it can run."""
-    if recipe.method.name != "dinov2":
-        return f"there is none of {recipe.method.name}"
-    reasons = {
-        "with method.gram_weight": bool(recipe.method.gram_weight),
-        f"with optim.name={recipe.optim.name}": recipe.optim.name != "adamw",
-        f"in {precision}": precision == "fp16",
-        f"on {ranks} ranks": ranks > 1,
-        "with accumulation": num_micro_batches > 1,
-    }
-    without = [reason for reason, applies in reasons.items() if applies]
-    return f"it does not run {' or '.join(without)}" if without else None
+class DINOv2Reference(Reference):
+    """The contender; `student` and `teacher` have our names of parameters."""
 
-
-class Reference:
-    """The contender; it starts from the same weights as ours."""
-
-    def __init__(self, recipe: Recipe, *, precision: str, device: torch.device) -> None:
-        self.settings, self.device, self.dtype = recipe.method, device, DTYPES[precision]
-        self.seed, self.clip_norm = recipe.run.seed, recipe.optim.clip_norm
+    def __init__(self, recipe: Recipe, *, precision: str, device: torch.device, compiled: bool = False) -> None:
+        super().__init__(recipe, precision=precision, device=device, compiled=compiled)
         method = build_method(recipe, world=World())
         assert isinstance(method, DINOv2)
         self.student = plain_network(method.student, recipe, drop_path=self.settings.drop_path).to(device)
         self.teacher = plain_network(method.teacher, recipe, drop_path=0.0).to(device)
         self.teacher.requires_grad_(False).eval()
         self.centers = [torch.zeros(self.settings.num_prototypes, device=device) for _ in range(2)]
-        self.method: Method = meta_method(recipe, world=World())  # for augmentations and schedules
-        self.timetable, self.number = Timetable(recipe, num_samples=NUM_SAMPLES), 0
         groups = parameter_groups(
             self.student,
             prefix="student.",
             layer_decay=recipe.optim.layer_decay,
             patch_embed_lr_scale=recipe.optim.patch_embed_lr_scale,
         )
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.optim.lr, betas=recipe.optim.betas, eps=recipe.optim.eps, foreach=False, fused=False
-        )
+        self.optimizer = make_optimizer(recipe.optim, groups, one_by_one=True)
 
-    def step(self, batches: Iterator[list[Batch]], at: Callable[[str], None]) -> None:
-        """One step of training on the next batch."""
-        at("data")
-        (raw,) = next(batches)
-        at("augment")
-        batch = self.method.augment(raw, seed=self.seed, step=self.number)
-        hyper = self.timetable.hyper(self.method, self.number)
-        set_hyper(self.optimizer, hyper)
-        loss = self.loss(batch, temperature=hyper["teacher_temperature"], at=at)
-        at("backward")
-        loss.backward()
-        at("update")
-        if self.clip_norm is not None:
-            for module in self.student.children():
-                float(nn.utils.clip_grad_norm_(module.parameters(), self.clip_norm, foreach=False))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        float(loss.detach())
-        at("average")
+    @classmethod
+    def refused(cls, recipe: Recipe) -> dict[str, bool]:
+        """See `Reference.refused`."""
+        return {"with method.gram_weight": bool(recipe.method.gram_weight)}
+
+    @property
+    def made_of(self) -> str:
+        """See `Reference.made_of`."""
+        return f"timm's {self.settings.backbone}, all scores in memory, the optimiser parameter by parameter"
+
+    def clipped(self) -> Iterable[Iterable[Tensor]]:
+        """See `Reference.clipped`: module by module."""
+        return [module.parameters() for module in self.student.children()]
+
+    def clip(self, parameters: Iterable[Tensor]) -> None:
+        """See `Reference.clip`: parameter by parameter, with a look at the norm."""
+        assert self.clip_norm is not None
+        float(nn.utils.clip_grad_norm_(parameters, self.clip_norm, foreach=False))
+
+    def average(self, hyper: Hyper) -> None:
+        """See `Reference.average`: the teacher follows."""
         with torch.no_grad():
             for mine, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
                 mine.mul_(hyper["momentum"]).add_(theirs, alpha=1 - hyper["momentum"])
-        self.number += 1
-        at("end")
 
-    def loss(self, batch: Batch, *, temperature: float, at: Callable[[str], None] = lambda part: None) -> Tensor:
-        """The loss of an augmented batch, [], with everything that its gradient needs."""
-        s, crops = self.settings, batch["crops"]
+    def loss(self, batch: Batch, *, hyper: Hyper, at: At = nothing) -> Tensor:
+        """See `Reference.loss`."""
+        s, crops, temperature = self.settings, batch["crops"], hyper["teacher_temperature"]
         m = len(crops[0]) // 2
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+        with self.autocast():
             at("observe")
             with torch.no_grad():
                 cls, patches = self._tokens(self.teacher, crops[0], None)
@@ -168,39 +143,9 @@ class _Plain(nn.Module):
 
 def plain_network(network: Network, recipe: Recipe, *, drop_path: float) -> Any:
     """A network of ours on timm's ViT instead of the packed one, with the same weights under the same names."""
-    s = recipe.method
-    options: dict[str, Any] = {
-        "img_size": recipe.data.image_size,
-        "init_values": s.layer_scale,
-        "patch_size": s.patch_size,
-        "depth": s.depth,
-        "embed_dim": s.embed_dim,
-        "num_heads": s.num_heads,
-        **({"reg_tokens": s.registers, "no_embed_class": True} if s.registers else {}),
-    }
-    options = {key: value for key, value in options.items() if value is not None}
-    backbone: Any = timm.create_model(s.backbone, num_classes=0, dynamic_img_size=True, **options)
-    for block in backbone.blocks if drop_path else ():
-        block.drop_path1, block.drop_path2 = DropPath(drop_path), DropPath(drop_path)
-    backbone.mask_token = nn.Parameter(torch.zeros(1, backbone.embed_dim))
-    backbone.load_state_dict(network.backbone.state_dict())
+    size = recipe.data.image_size
+    backbone = plain_backbone(network.backbone, recipe.method, image_size=size, drop_path=drop_path)
     return _Plain(network, backbone)
-
-
-def separate_(method: Any) -> None:
-    """Let the student of ours run one pass for each crop size, as the reference does, instead of one for all."""
-    backbone = method.student.backbone
-    packed = backbone.forward
-
-    def forward(crops: Any, *, masks: Any = None, keep: Any = None) -> Any:
-        masks = masks or [None] * len(crops)
-        keep = keep or [None] * len(crops)
-        return [
-            packed([x], masks=[mask], keep=None if rows is None else [rows])[0]
-            for x, mask, rows in zip(crops, masks, keep, strict=True)
-        ]
-
-    backbone.forward = forward
 
 
 def sinkhorn(scores: Tensor, *, temperature: float, num_iterations: int = 3) -> Tensor:
