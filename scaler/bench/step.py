@@ -24,7 +24,8 @@ On one H200, about 15 minutes in all (an estimate), each its own dated file:
         --out ${R}simclr-vitl16.json
     scaler bench step simclr/resnet50_in1k --images 256 --rounds 3 strategy.activation_checkpointing=none \
         --out ${R}simclr-resnet50.json
-    scaler bench step supervised/resnet50_in1k --images 256 --compare --rounds 5 --out ${R}resnet50.json
+    scaler bench step supervised/resnet50_in1k --images 256 --compare --rounds 5 \
+        --vary strategy.compile=false,true --out ${R}resnet50.json
 
 The recipes of these last four have bf16 and strategy.compile=true, with which the reference compiles too. What they are
 to show: ViT-B/16 an MFU of 45 % or more, ViT-L/16 550 images/s or more (an image is two views), ResNet-50 at least as

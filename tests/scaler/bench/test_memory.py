@@ -1,40 +1,57 @@
-"""The memory of a step on fake tensors: what is kept for the backward pass grows with the images, and can be traded."""
+"""The memory of a step on fake tensors is that of the same step on real ones, and can be traded for time."""
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 
 import pytest
+import torch
 
+from scaler.bench.stepper import Stepper, noise
+from scaler.collectives import World
+from scaler.optimizers import build_optimizer
+from scaler.plan.live import LiveBytes
 from scaler.recipe import Recipe, load_recipe
+from scaler.strategies.ddp import DDP
+from scaler.train import build_method
 from tests.scaler.bench.memory import ours, peak_bytes, reference
 
+IMAGES = 16
 
-def recipe(images: int, checkpointing: str = "none") -> Recipe:
+
+def recipe(checkpointing: str) -> Recipe:
     words = [
-        "method.backbone=vit_tiny_patch16_224",
-        "method.depth=3",
-        "method.num_prototypes=4096",
+        "method.depth=2",
         "method.drop_path=0",
+        "method.num_prototypes=512",
         "method.group_size=4",
         "data.image_size=112",
-        f"data.global_batch_size={images}",
-        "strategy.precision=bf16",
+        f"data.global_batch_size={IMAGES}",
+        "strategy.precision=fp32",
         f"strategy.activation_checkpointing={checkpointing}",
     ]
     return load_recipe("dinov2/demo", overrides=words, shards="none")
 
 
+def really(asked: Recipe) -> int:
+    """`peak_bytes` of ours on the CPU."""
+    with LiveBytes() as memory:
+        method, world = build_method(asked, world=World()), World()
+        raw = noise(method, IMAGES, world=world, device=torch.device("cpu"))
+        strategy = DDP(asked.strategy, world=world, device=torch.device("cpu"), clip_norm=1.0, deterministic=False)
+        strategy.prepare(method, lambda: build_optimizer(asked.optim, method.parameter_groups(asked.optim)))
+        step = Stepper(asked, method, strategy, world=world, batches=[raw]).step
+        step()
+        gc.collect()
+        memory.peak = memory.live
+        step()
+    return memory.peak
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_peaks_are_those_of_the_kept_activations() -> None:
-    peaks = {
-        (images, checkpointing): peak_bytes(partial(ours, recipe(images, checkpointing), images))
-        for images, checkpointing in ((32, "none"), (16, "none"), (16, "selective"), (16, "blocks"))
-    }
-    more = peaks[32, "none"] - peaks[16, "none"]
-    # Of 16 images, 2 crops of 197 tokens and 2 of 5; three blocks of 192 channels, of which a block keeps some 20 bf16
-    # numbers a token and channel: norms, queries, keys, values, attention, and four times as many around the GELU.
-    kept = 16 * (2 * 197 + 2 * 5) * 3 * 192 * 2
-    assert 17 * kept < more < 22 * kept, more / kept
-    assert peaks[16, "blocks"] < peaks[16, "selective"] < peaks[16, "none"]
-    assert peaks[16, "none"] < peak_bytes(partial(reference, recipe(16), 16))
+def test_peaks_are_those_of_real_tensors() -> None:
+    peaks = {kind: peak_bytes(partial(ours, recipe(kind), IMAGES)) for kind in ("none", "blocks")}
+    for kind, found in peaks.items():
+        assert found == pytest.approx(really(recipe(kind)), rel=0.2), kind  # other kernels: what they keep differs
+    assert peaks["blocks"] < peaks["none"] < peak_bytes(partial(reference, recipe("none"), IMAGES))
