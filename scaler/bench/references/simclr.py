@@ -3,7 +3,7 @@
 timm's model on both views in one batch, a head of torch's own linear layers and batch norms, lightly's NT-Xent (where
 it is not installed, all similarities in one matrix), the optimiser parameter by parameter, and a look at the loss in
 every step. Weights, views and schedules are those of the recipe; `strategy.compile` compiles the backbone as a whole.
-There is none with LARS: torch has no such optimiser, and lightly's divides by another norm than `scaler.optimizers.LARS`.
+There is none with LARS: torch has none, and lightly's divides by another norm than ours (`scaler.optimizers.LARS`).
 
 Shapes: m images, d channels.
 """
