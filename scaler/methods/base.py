@@ -208,6 +208,10 @@ class Method(nn.Module):
         """Units to shard, checkpoint and compile."""
         raise NotImplementedError
 
+    def stems(self) -> list[nn.Module]:
+        """Further units to compile, which are neither sharded nor checkpointed by themselves."""
+        return []
+
     def compile_loss(self) -> None:
         """Compile what gains by it outside of `blocks`, when it is first called; asked for by strategy.compile."""
 

@@ -151,6 +151,11 @@ class PooledMethod(Method):
         average = self.evaluated("backbone")
         return self.backbone.blocks() + ([] if average is self.backbone else average.blocks())
 
+    def stems(self) -> list[nn.Module]:
+        """See `Method.stems`: a ResNet's, and its average's."""
+        backbones = {self.backbone, self.evaluated("backbone")}
+        return [stem for backbone in backbones if (stem := getattr(backbone, "stem", None)) is not None]
+
     def hyper(self, step: int, steps: Callable[[str], int]) -> Hyper:
         """See `Method.hyper`: `momentum` of the average, if there is one."""
         return {} if self.settings.ema is None else {"momentum": warmup_momentum(step, momentum=self.settings.ema)}

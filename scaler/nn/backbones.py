@@ -124,6 +124,7 @@ class TimmBackbone(Backbone):
         self.drop_path = drop_path
         first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)
         self.channels_last = isinstance(first, nn.Conv2d)
+        self.stem = Stem(model) if isinstance(model, ResNet) else None
 
     def forward(
         self,
@@ -140,7 +141,7 @@ class TimmBackbone(Backbone):
     def _features(self, images: Tensor) -> Features:
         if self.channels_last and images.is_cuda:  # which those of `augment` are
             images = images.contiguous(memory_format=torch.channels_last)
-        last = self.model.forward_features(images)
+        last = self._last(images)
         cls = self.model.forward_head(last, pre_logits=True)
         if last.ndim == 4:
             channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
@@ -148,6 +149,16 @@ class TimmBackbone(Backbone):
         else:
             patches = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
         return Features(cls=cls, patches=patches)
+
+    def _last(self, images: Tensor) -> Tensor:
+        """What the model makes of images before it pools."""
+        if self.stem is None:
+            last: Tensor = self.model.forward_features(images)
+            return last
+        x: Tensor = self.stem(images)
+        for i in range(1, 5):
+            x = getattr(self.model, f"layer{i}")(x)
+        return x
 
     def blocks(self) -> list[nn.Module]:
         """Residual blocks where the model has stages of them (ResNet, ConvNeXt, Swin, …), else its direct children."""
@@ -159,6 +170,22 @@ class TimmBackbone(Backbone):
             inner = getattr(stage, "blocks", stage)
             found += list(inner) if isinstance(inner, nn.Sequential | nn.ModuleList) else [stage]
         return found or [child for child in model.children() if any(True for _ in child.parameters())]
+
+
+class Stem(nn.Module):
+    """What a ResNet does before its blocks, as one unit to compile: there its activations are largest. The layers stay
+    the model's: this has no parameters.
+    """
+
+    def __init__(self, model: ResNet) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that they do not come to be here too
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, h, w] → what the first block gets."""
+        model: Any = self._model[0]
+        x: Tensor = model.maxpool(model.act1(model.bn1(model.conv1(images))))
+        return x
 
 
 def set_small_stem_(backbone: Backbone) -> None:

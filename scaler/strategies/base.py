@@ -125,6 +125,7 @@ class Strategy:
             method.blocks(), checkpointing=self.settings.activation_checkpointing, compiled=self.settings.compile
         )
         if self.settings.compile:
+            arrange_blocks_(method.stems(), checkpointing="none", compiled=True)
             method.compile_loss()
 
         def make() -> torch.optim.Optimizer:

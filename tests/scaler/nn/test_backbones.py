@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 
-from scaler.nn.backbones import build_backbone
+from scaler.nn.backbones import Stem, build_backbone
 from scaler.nn.vit import PackedViT
+from scaler.strategies.blocks import arrange_blocks_
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,15 @@ def test_mistakes_name_the_way_out() -> None:
         build_backbone("vit_tiny_patch16_224", image_size=32, no_such_option=3)
     with pytest.raises(ValueError, match="takes neither masks nor kept rows"):
         build_backbone("resnet18", image_size=32)([torch.randn(1, 3, 32, 32)], keep=[torch.zeros(1)])
+
+
+def test_a_resnets_stem_is_a_unit_of_its_own_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet18", image_size=64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = backbone.model.forward_features(images)
+    assert isinstance(backbone.stem, Stem) and not list(backbone.stem.parameters())
+    assert torch.equal(backbone([images])[0].cls, expected.mean((2, 3)))
+    arrange_blocks_([backbone.stem], checkpointing="none", compiled=True, backend="aot_eager")
+    torch.testing.assert_close(backbone([images])[0].cls, expected.mean((2, 3)))
+    assert not any("stem" in key for key in backbone.state_dict())
