@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +68,7 @@ def test_folders_and_shards_of_a_user(tmp_path: Path) -> None:
 
 def test_the_command_prints_one_object(tmp_path: Path) -> None:
     words = ["--parts", "raw", "--peers", "webdataset", "--images", "8", "--seconds", "0.01", "--rounds", "1", "--json"]
-    command = [sys.executable, "-m", "scaler.cli", "bench", "loader", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
+    done = scaler("bench", "loader", *words)
     assert done.returncode == 0, done.stderr
     names = [row["name"] for row in json.loads(done.stdout)["rows"]]
     assert names[:3] == ["tarfile, in order", "webdataset, in order", "scaler, in order"]
