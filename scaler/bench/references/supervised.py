@@ -10,10 +10,7 @@ Shapes: m images, c classes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils.clip_grad import dispatch_clip_grad
@@ -33,10 +30,9 @@ from scaler.collectives import World
 from scaler.methods.base import Batch, Hyper
 from scaler.methods.supervised.augment import VIEW
 from scaler.methods.supervised.method import Supervised
+from scaler.methods.supervised.mixing import make_mixup
 from scaler.recipe import Recipe
 from scaler.train import build_method
-
-_MODES = {"group": "batch", "pair": "pair", "image": "elem"}  # timm's names
 
 
 class SupervisedReference(Reference):
@@ -62,7 +58,7 @@ class SupervisedReference(Reference):
         mean, std = ours.normalization
         self.mean, self.std = (255 * torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (mean, std))
         self.erase = RandomErasing(s.erase_probability, mode="const", device=device) if s.erase_probability else None
-        self.mixup = timms_mixup(s) if s.mixes else None
+        self.mixup = make_mixup(s, label_smoothing=s.label_smoothing)
         self.criterion: nn.Module = SoftTargetCrossEntropy() if s.mixes else _of_labels(s.label_smoothing)
         self.ema = ModelEmaV3(self.model, decay=s.ema) if s.ema is not None else None
         groups = our_groups(ours, recipe.optim, self.parameters)
@@ -113,19 +109,6 @@ class SupervisedReference(Reference):
         """See `Reference.average`."""
         if self.ema is not None:
             self.ema.update(self.model, step=self.number)
-
-
-def timms_mixup(s: Any) -> Mixup:
-    """timm's Mixup as its script makes it of the recipe's settings, labels smoothed."""
-    return Mixup(
-        mixup_alpha=s.mixup,
-        cutmix_alpha=s.cutmix,
-        prob=s.mix_probability,
-        switch_prob=s.cutmix_share,
-        mode=_MODES[s.mix_by],
-        label_smoothing=s.label_smoothing,
-        num_classes=s.num_classes,
-    )
 
 
 def _of_labels(smoothing: float) -> nn.Module:

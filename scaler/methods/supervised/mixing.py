@@ -37,8 +37,8 @@ from shards.random import keyed_bits
 _MODES = {"group": "batch", "pair": "pair", "image": "elem"}  # timm's names
 
 
-def make_mixup(settings: SupervisedSettings) -> Mixup | None:
-    """What the settings ask for, if anything; label smoothing is left to the loss."""
+def make_mixup(settings: SupervisedSettings, *, label_smoothing: float = 0.0) -> Mixup | None:
+    """What the settings ask for, if anything; ours leaves label smoothing to the loss."""
     if not settings.mixes:
         return None
     return Mixup(
@@ -47,7 +47,7 @@ def make_mixup(settings: SupervisedSettings) -> Mixup | None:
         prob=settings.mix_probability,
         switch_prob=settings.cutmix_share,
         mode=_MODES[settings.mix_by],
-        label_smoothing=0.0,
+        label_smoothing=label_smoothing,
         num_classes=settings.num_classes,
     )
 
